@@ -29,6 +29,7 @@ __all__ = [
     "MixtureDataset",
     "SourceDataset",
     "active_spans",
+    "class_names",
     "load_clip",
     "parse_task",
     "read_manifest",
@@ -113,6 +114,12 @@ def _item(row: dict[str, str], root: Path, where: str) -> Item:
         duration=duration,
         group=row["group"],
     )
+
+
+def class_names(items: Iterable[Item], least: int = 5) -> list[str]:
+    """Classes of sound with at least `least` clips, sorted: those worth a label of their own."""
+    groups = _by_label(item for item in items if item.kind == "sound")
+    return [label for label, clips in groups.items() if len(clips) >= least]
 
 
 def load_clip(
@@ -267,9 +274,9 @@ class SourceDataset(Dataset[dict[str, Any]]):
     The RMS over the whole window is uniform in `level` (dBFS); before, `speed` (0.1: +-10 %, pitch
     too) and `polarity` (a sign) vary the clip, after, `gain` adds +-gain dB of level.
 
-    An item is `wave` (T,) float32 and `label`, the index in `classes` or -1 for a class that is
-    not there. A clip that fails to decode is named in one warning, left out from then on in all
-    worker processes, and listed by `failed`.
+    An item is `wave` (T,) float32 and `label`, the index in `classes`, or len(classes), which is
+    the null class, for one that is not there. A clip that fails to decode is named in one warning,
+    left out from then on in all worker processes, and listed by `failed`.
     """
 
     def __init__(
@@ -328,7 +335,7 @@ class SourceDataset(Dataset[dict[str, Any]]):
         else:
             raise AudioError(f"no usable recording in 100 draws; {len(self.failed)} do not decode")
         wave = wave * _gain(wave, _uniform(rng, *self.level) + _uniform(rng, -self.gain, self.gain))
-        label = self.index.get(self.items[position].label.casefold(), -1)
+        label = self.index.get(self.items[position].label.casefold(), len(self.index))
         return {"wave": torch.from_numpy(wave.astype(np.float32)), "label": label}
 
     def _window(

@@ -13,6 +13,7 @@ from audiosep.data import (
     MixtureDataset,
     SourceDataset,
     active_spans,
+    class_names,
     load_clip,
     parse_task,
     read_manifest,
@@ -104,6 +105,13 @@ def test_no_manifest(tmp_path):
     (tmp_path / "m.csv").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UsageError, match="manifest"):
         read_manifest(tmp_path / "m.csv")
+
+
+def test_class_names_are_those_with_enough_clips(corpus):
+    items = read_manifest(corpus)
+    assert class_names(items, least=2) == ["Rain"]
+    assert class_names(items, least=1) == ["Gong", "Knock", "Rain"]
+    assert class_names(items) == []
 
 
 # Clips
@@ -266,7 +274,7 @@ def test_windows_have_length_level_and_label(items):
         assert item["wave"].dtype == torch.float32
         assert -25.01 <= rms_db(item["wave"]) <= -19.99
         seen.add(item["label"])
-    assert seen == {0, 1, -1}
+    assert seen == {0, 1, 2}
 
 
 def test_short_speech_is_joined_within_a_speaker(items):
