@@ -111,14 +111,10 @@ def check(options: Options) -> None:
     except ValueError as error:
         raise UsageError(f"--filename {options.template!r}: {error}") from None
     if not {"stem", "ext"} <= fields or not fields <= {"track", "stem", "ext"}:
-        raise UsageError(
-            f"--filename {options.template!r}: must hold {{stem}} and {{ext}}, may hold {{track}}"
-        )
+        raise UsageError(f"--filename {options.template!r}: must hold {{stem}} and {{ext}}, may hold {{track}}")
 
 
-def plan(
-    inputs: Sequence[str], stems: list[str], options: Options
-) -> tuple[list[Job], list[Result]]:
+def plan(inputs: Sequence[str], stems: list[str], options: Options) -> tuple[list[Job], list[Result]]:
     """The jobs of the inputs (directories are searched), and a failure for each that gives none.
 
     Raises UsageError if two recordings would be written to the same place.
@@ -222,9 +218,7 @@ def _one(separator: SeparatesFiles, job: Job, options: Options, progress: Callba
     return result
 
 
-def _to_files(
-    separator: SeparatesFiles, job: Job, options: Options, progress: Callback, result: Result
-) -> None:
+def _to_files(separator: SeparatesFiles, job: Job, options: Options, progress: Callback, result: Result) -> None:
     written: dict[str, Path] = {}
 
     def place(stem: str) -> Path:
@@ -335,9 +329,7 @@ def _excerpt(path: Path) -> tuple[np.ndarray, int]:
 
 def _refuse_existing(path: Path, options: Options) -> None:
     if options.existing == "refuse" and path.exists():
-        raise AudioError(
-            f"{audio.printable(path)}: exists; choose --overwrite, --skip-existing or another -o"
-        )
+        raise AudioError(f"{audio.printable(path)}: exists; choose --overwrite, --skip-existing or another -o")
 
 
 def _track(relative: Path) -> str:
