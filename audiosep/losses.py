@@ -23,9 +23,7 @@ def time_loss(estimate: Tensor, mixture: Tensor, squared: bool = False) -> Tenso
     return _norm(mixture - estimate, squared)
 
 
-def group_loss(
-    estimate: Tensor, mixture: Tensor, squared: bool = False, groups: int = 512
-) -> Tensor:
+def group_loss(estimate: Tensor, mixture: Tensor, squared: bool = False, groups: int = 512) -> Tensor:
     """Sum of the norms over segments of ceil(N / groups) samples; with `squared` the mean of the squared norms."""
     error = mixture - estimate
     size = math.ceil(error.shape[-1] / groups)
@@ -35,7 +33,11 @@ def group_loss(
 
 
 def stft_loss(
-    estimate: Tensor, mixture: Tensor, squared: bool = False, n_fft: int = 512, hop_length: int = 256
+    estimate: Tensor,
+    mixture: Tensor,
+    squared: bool = False,
+    n_fft: int = 512,
+    hop_length: int = 256,
 ) -> Tensor:
     """Frobenius norm, or its square, of the difference of the magnitude spectrograms."""
     difference = _magnitude(mixture, n_fft, hop_length) - _magnitude(estimate, n_fft, hop_length)

@@ -24,7 +24,13 @@ def residual(mixture: Tensor, sources: Tensor) -> Tensor:
     return mixture - mix(sources)
 
 
-def project(mixture: Tensor, sources: Tensor, n_fft: int = 512, hop_length: int = 128) -> Tensor:
+def project(
+    mixture: Tensor,
+    sources: Tensor,
+    n_fft: int = 512,
+    hop_length: int = 128,
+    known_band: float = 1.0,
+) -> Tensor:
     """Make estimates add up to the mixture: each time-frequency bin's residual is shared out by their power there.
 
     With powers P_k the estimate becomes X_k + P_k / sum_j P_j * (Y - sum_j X_j), which for variances P_k is the step of
@@ -33,11 +39,18 @@ def project(mixture: Tensor, sources: Tensor, n_fft: int = 512, hop_length: int 
     Args:
         mixture: (..., N).
         sources: (..., K, N) estimates.
+        n_fft: STFT size.
+        hop_length: its hop.
+        known_band: fraction of the band that the estimates cover; above it each frame is shared out as in the
+            upper half of the band that they know.
 
     Returns:
         (..., K, N) whose sum is the mixture to rounding.
     """
     power = stft(sources, n_fft, hop_length).abs().square()
+    known = round(known_band * power.shape[-2])
+    if known < power.shape[-2]:
+        power[..., known:, :] = power[..., known // 2 : known, :].mean(-2, keepdim=True)
     left = residual(mixture, sources)
     shared = istft(
         shares(power) * stft(left, n_fft, hop_length).unsqueeze(-3),

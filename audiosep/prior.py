@@ -30,9 +30,7 @@ class Denoiser(Protocol):
 
     schedule: Schedule
 
-    def denoise(
-        self, x_t: Tensor, t: Tensor, label: Tensor | None = None, schedule: Schedule | None = None
-    ) -> Tensor:
+    def denoise(self, x_t: Tensor, t: Tensor, label: Tensor | None = None, schedule: Schedule | None = None) -> Tensor:
         """Return E[x_0 | x_t] (B, N) for x_t (B, N) at steps t (B,) of `schedule`."""
         ...
 
@@ -89,9 +87,7 @@ class Prior(nn.Module):
         """Standard deviation of the training signals."""
         return 10 ** (self.level / 20)
 
-    def denoise(
-        self, x_t: Tensor, t: Tensor, label: Tensor | None = None, schedule: Schedule | None = None
-    ) -> Tensor:
+    def denoise(self, x_t: Tensor, t: Tensor, label: Tensor | None = None, schedule: Schedule | None = None) -> Tensor:
         """Expected clean signal given a noisy one.
 
         Args:
@@ -214,9 +210,7 @@ class GaussianPrior:
     def __init__(self, spectrum: Tensor, schedule: Schedule, sample_rate: int = 16000) -> None:
         self.spectrum, self.schedule, self.sample_rate = spectrum, schedule, sample_rate
 
-    def denoise(
-        self, x_t: Tensor, t: Tensor, label: Tensor | None = None, schedule: Schedule | None = None
-    ) -> Tensor:
+    def denoise(self, x_t: Tensor, t: Tensor, label: Tensor | None = None, schedule: Schedule | None = None) -> Tensor:
         """Exact E[x_0 | x_t], (B, N)."""
         asked = schedule or self.schedule
         ratio = asked.ratio_at(t)

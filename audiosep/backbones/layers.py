@@ -94,9 +94,7 @@ class TimeEmbedding(nn.Module):
     def forward(self, t: Tensor) -> Tensor:
         """Embed t (B,) as (B, dim)."""
         half = self.n_sinusoids // 2
-        frequency = torch.exp(
-            -math.log(1e4) / half * torch.arange(half, dtype=torch.float32, device=t.device)
-        )
+        frequency = torch.exp(-math.log(1e4) / half * torch.arange(half, dtype=torch.float32, device=t.device))
         angle = t.float()[:, None] * frequency
         sinusoids = torch.cat((angle.cos(), angle.sin()), dim=-1)
         return self.second(silu(self.first(sinusoids.to(self.first.weight.dtype))))

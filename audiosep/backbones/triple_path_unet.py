@@ -56,9 +56,7 @@ class GlobalTemporalAttention(nn.Module):
     The published network normalises after the gate, which cancels the gate's scale; `gate_last` puts it behind.
     """
 
-    def __init__(
-        self, dim: int, heads: int, condition_dim: int, bins: int, squeeze: int, gate_last: bool
-    ) -> None:
+    def __init__(self, dim: int, heads: int, condition_dim: int, bins: int, squeeze: int, gate_last: bool) -> None:
         super().__init__()
         self.squeeze, self.gate_last = squeeze, gate_last
         token = squeeze * bins // FOLD
@@ -87,9 +85,7 @@ class GlobalTemporalAttention(nn.Module):
 class Block(nn.Module):
     """[Global-temporal,] intra-frame, then intra-frequency attention on tokens (B, M, F, C)."""
 
-    def __init__(
-        self, dim: int, heads: int, condition_dim: int, global_path: GlobalTemporalAttention | None
-    ) -> None:
+    def __init__(self, dim: int, heads: int, condition_dim: int, global_path: GlobalTemporalAttention | None) -> None:
         super().__init__()
         self.global_temporal = global_path
         self.intra_frame = PathAttention(dim, heads, condition_dim)
@@ -178,19 +174,13 @@ class TriplePathUNet(nn.Module):
             rows = bins // patch[0] // 2**level
 
             def block() -> Block:
-                path = (
-                    GlobalTemporalAttention(dim, heads, condition_dim, rows, squeeze, adaln_zero)
-                    if latent
-                    else None
-                )
+                path = GlobalTemporalAttention(dim, heads, condition_dim, rows, squeeze, adaln_zero) if latent else None
                 return Block(dim, heads, condition_dim, path)
 
             return nn.ModuleList(block() for _ in range(count))
 
         self.time_embeddings = nn.ModuleList(TimeEmbedding(condition_dim) for _ in range(6))
-        self.class_embeddings = nn.ModuleList(
-            nn.Embedding(num_classes + 1, condition_dim) for _ in range(5)
-        )
+        self.class_embeddings = nn.ModuleList(nn.Embedding(num_classes + 1, condition_dim) for _ in range(5))
         features = 3 if head == "mask" else 2
         if self.patch == (1, 1):
             self.stem = nn.Conv2d(features, width, 3, padding=1, bias=False)

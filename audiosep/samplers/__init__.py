@@ -39,7 +39,10 @@ SAMPLERS: dict[str, type[Sampler]] = {
 PRESETS = {"default": "mmps", "published": "hybrid", "paper": "hybrid"}
 
 DEFAULT_STEPS = 30
-DEFAULT_LEVELS = (1e-3, 1.5)  # least and most noise relative to full scale, for signals near -22.5 dBFS
+DEFAULT_LEVELS = (
+    1e-3,
+    1.5,
+)  # least and most noise relative to full scale, for signals near -22.5 dBFS
 
 
 def build(

@@ -38,9 +38,7 @@ class GradientSampler(Sampler):
 
     needs_gradient = True
 
-    def __init__(
-        self, prior: JointPrior, *, loss: ReconstructionLoss | None = None, **options: Any
-    ) -> None:
+    def __init__(self, prior: JointPrior, *, loss: ReconstructionLoss | None = None, **options: Any) -> None:
         super().__init__(prior, **options)
         self.loss = loss or ReconstructionLoss()
 
@@ -82,9 +80,7 @@ class DSG(GradientSampler):
 class Hybrid(DSG):
     """DSG whose steps do not vanish: SmoothMax of factor sigma(t) and a floor."""
 
-    def __init__(
-        self, prior: JointPrior, *, floor: float = 0.002, sharpness: float = 1000.0, **options: Any
-    ) -> None:
+    def __init__(self, prior: JointPrior, *, floor: float = 0.002, sharpness: float = 1000.0, **options: Any) -> None:
         super().__init__(prior, **options)
         self.floor, self.sharpness = floor, sharpness
 

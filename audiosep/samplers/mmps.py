@@ -56,9 +56,7 @@ class MomentMatching(Sampler):
         estimate = super().denoise(x_t, y, i)
         variance = self.gain(x_t / self.alphas[i], estimate) ** self.power
         left = stft(residual(y, estimate), self.n_fft, self.hop_length)
-        moved = istft(
-            shares(variance) * left[:, None], self.n_fft, self.hop_length, y.shape[-1]
-        )
+        moved = istft(shares(variance) * left[:, None], self.n_fft, self.hop_length, y.shape[-1])
         return estimate + moved
 
     def gain(self, noisy: Tensor, estimate: Tensor) -> Tensor:

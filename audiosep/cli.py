@@ -1,0 +1,452 @@
+"""The `audiosep` command: arguments in, exit code out. Each command is one thin function.
+
+Exit codes: 0 all done, 1 some files failed and the others finished, 2 usage, 3 no model,
+130 interrupted. Results go to stdout, everything else to stderr. Whatever is slow to import
+(torch, rich) is imported inside the commands.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import logging
+import os
+import re
+import sys
+import traceback
+from collections.abc import Iterator
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+import audiosep
+from audiosep.errors import AudiosepError, ModelError, UsageError
+
+if TYPE_CHECKING:
+    from audiosep.batch import Result
+    from audiosep.progress import Display
+
+EXIT_FAILED, EXIT_USAGE, EXIT_MODEL, EXIT_INTERRUPTED = 1, 2, 3, 130
+DEFAULT_MODELS = "speech,sound"
+
+_SETTINGS: dict[str, Any] = {
+    "no_args_is_help": True,
+    "rich_markup_mode": None,  # plain help: rich would take a tenth of a second
+    "pretty_exceptions_enable": False,
+    "context_settings": {"help_option_names": ["-h", "--help"]},
+}
+app = typer.Typer(add_completion=True, **_SETTINGS)
+models_app = typer.Typer(help="List, show and import checkpoints.", **_SETTINGS)
+app.add_typer(models_app, name="models")
+
+Preset = StrEnum("Preset", ["default", "published", "paper"])
+Sampler = StrEnum("Sampler", ["hybrid", "dsg", "dps", "analytical"])
+Dtype = StrEnum("Dtype", ["auto", "float32", "bfloat16", "float16"])
+Progress = StrEnum("Progress", ["auto", "plain", "json", "none"])
+
+
+def main(argv: list[str] | None = None) -> NoReturn:
+    """Run the command and leave the process with its exit code."""
+    try:
+        app(argv, prog_name="audiosep")
+    except KeyboardInterrupt:  # while modules were being imported
+        sys.exit(EXIT_INTERRUPTED)
+    sys.exit(0)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(audiosep.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", callback=_show_version)
+    ] = False,
+) -> None:
+    """Separate a recording into its sources, with diffusion models of single sources as priors."""
+
+
+def _device(value: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", value):
+        raise typer.BadParameter(f"{value!r} is not auto, cpu, cuda, cuda:N or mps")
+    return value
+
+
+Models = Annotated[
+    str, typer.Option("-n", "--model", help="Checkpoint names or folders, comma-separated.")
+]
+Device = Annotated[
+    str, typer.Option("-d", "--device", help="auto, cpu, cuda, cuda:N or mps.", callback=_device)
+]
+Steps = Annotated[
+    int | None, typer.Option(min=1, help="Steps of the sampler.  [default: the preset's]")
+]
+PresetOption = Annotated[
+    Preset,
+    typer.Option(help="Sampler settings: ours, or those of the method's code, or of its text."),
+]
+SamplerOption = Annotated[
+    Sampler | None, typer.Option(help="How the mixture guides.  [default: the preset's]")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Results as JSON on stdout.")]
+Verbose = Annotated[
+    bool, typer.Option("-v", "--verbose", help="Say more; show where an error arose.")
+]
+
+
+@app.command()
+def separate(
+    inputs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="INPUT",
+            help="Recordings; directories are searched recursively; - is stdin.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option("-o", "--out", help="Where results go; - sends the first stem to stdout."),
+    ] = Path("separated"),
+    model: Models = DEFAULT_MODELS,
+    sources: Annotated[
+        str | None,
+        typer.Option(
+            "-s",
+            "--sources",
+            help="Class names of the loaded priors, comma-separated, in any case; 'sound' is a"
+            " sound of any class; repeats become speech_1, speech_2.  [default: speech,sound]",
+        ),
+    ] = None,
+    device: Device = "auto",
+    segment: Annotated[
+        float | None,
+        typer.Option(min=0.1, help="Seconds separated at once.  [default: the priors']"),
+    ] = None,
+    overlap: Annotated[
+        float, typer.Option(min=0.0, max=0.9, help="Share of a segment that overlaps the next.")
+    ] = 0.25,
+    steps: Steps = None,
+    sampler: SamplerOption = None,
+    preset: PresetOption = Preset.default,
+    samples: Annotated[
+        int, typer.Option(min=1, help="Posterior samples to draw; more give a mean and a spread.")
+    ] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same stems.")] = 0,
+    dtype: Annotated[Dtype, typer.Option(help="Number format of the network.")] = Dtype.auto,
+    format: Annotated[
+        str, typer.Option(help="Format of the stems: wav, flac, ogg, opus, mp3, aiff, w64, ...")
+    ] = "wav",
+    subtype: Annotated[
+        str | None,
+        typer.Option(help="Word of the stems: pcm_16, pcm_24, float, ...  [default: the input's]"),
+    ] = None,
+    filename: Annotated[
+        str, typer.Option(help="Where a stem goes, below OUT/MODEL.")
+    ] = "{track}/{stem}.{ext}",
+    residual: Annotated[
+        bool,
+        typer.Option(
+            "--residual", help="Leave the stems unprojected; write what is left to residual."
+        ),
+    ] = False,
+    report: Annotated[
+        bool, typer.Option("--report", help="Also a page with spectrograms and players.")
+    ] = False,
+    skip_existing: Annotated[
+        bool, typer.Option("--skip-existing", help="Leave out recordings whose stems exist.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace stems that exist.")] = (
+        False
+    ),
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be written, and stop.")
+    ] = False,
+    jobs: Annotated[int, typer.Option("-j", "--jobs", min=1, help="Recordings at a time.")] = 1,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Errors only.")] = False,
+    verbose: Verbose = False,
+    as_json: AsJson = False,
+    progress: Annotated[Progress, typer.Option(help="Progress on stderr.")] = Progress.auto,
+) -> None:
+    """Separate recordings into their sources.
+
+    Stems go to OUT/MODEL/TRACK/STEM.wav, with a report.json beside them. A stem has its
+    recording's sample rate, channels, length and level, and the stems sum to the recording.
+    """
+    from audiosep import batch
+    from audiosep.progress import display
+
+    shown = display(progress, quiet=quiet)
+    with _errors(verbose, shown), contextlib.ExitStack() as stack:
+        _refuse_both(skip_existing, "--skip-existing", overwrite, "--overwrite")
+        _refuse_both(quiet, "-q", verbose, "-v")
+        options = batch.Options(
+            out=out,
+            model=_model_folder(model),
+            template=filename,
+            sources=_split(sources) if sources is not None else None,
+            format=format.lower().lstrip("."),
+            subtype=subtype,
+            residual=residual,
+            page=report,
+            existing="skip" if skip_existing else "overwrite" if overwrite else "refuse",
+        )
+        batch.check(options)
+        if options.to_stdout:
+            _refuse_both(as_json, "--json", True, "-o -")
+            _refuse_both(report, "--report", True, "-o -")
+        stack.enter_context(_logging(shown, verbose=verbose, quiet=quiet))
+
+        from audiosep.separator import Separator
+
+        separator: Any = Separator.from_pretrained(
+            _split(model),
+            device=device,
+            dtype=dtype.value,
+            preset=preset.value,
+            sampler=sampler and sampler.value,
+            steps=steps,
+            segment=segment,
+            overlap=overlap,
+            samples=samples,
+            seed=seed,
+        )
+        stems = separator.source_names(options.sources)
+        todo, failures = batch.plan(inputs, stems, options)
+        if dry_run:
+            results = batch.dry(todo, options)
+        else:
+            _share_cores(min(jobs, len(todo)))
+            results = batch.run(separator, todo, options, shown, parallel=jobs)
+            stack.enter_context(shown)
+        stack.callback(results.close)
+        statuses = []
+        for result in itertools.chain(failures, results):
+            _show_result(result, shown, as_json=as_json, quiet=quiet or options.to_stdout)
+            statuses.append(result.status)
+        failed = statuses.count("failed")
+        if failed and len(statuses) > 1:
+            shown.error(f"{failed} of {len(statuses)} recordings failed")
+        if failed:
+            raise typer.Exit(EXIT_FAILED)
+
+
+def _show_result(result: Result, shown: Display, *, as_json: bool, quiet: bool) -> None:
+    """One JSON line, or the path of each stem on a line; an error goes to stderr."""
+    if result.error:
+        shown.error(f"error: {result.error}")
+    for warning in result.warnings:
+        shown.note(f"{result.input}: {warning}")
+    if as_json:
+        fields = {key: value for key, value in vars(result).items() if value is not None}
+        shown.result(json.dumps(fields))
+    elif not quiet and result.status != "failed":
+        note = {"skipped": "exists, skipped", "planned": "would be separated"}.get(result.status)
+        if note:
+            shown.note(f"{result.input}: {note}")
+        paths = [*result.stems.values(), *([result.page] if result.page else [])]
+        for path in paths:
+            shown.result(path)
+
+
+@app.command()
+def evaluate(
+    task: Annotated[
+        str, typer.Option(help="What each mixture holds, as in 1speech+1sound or 2speech.")
+    ] = "1speech+1sound",
+    count: Annotated[int, typer.Option(min=1, help="Mixtures to separate.")] = 20,
+    seed: Annotated[int, typer.Option(min=0, help="Chooses the mixtures and the noise.")] = 0,
+    model: Models = DEFAULT_MODELS,
+    manifest: Annotated[
+        Path | None, typer.Option(help="manifest.csv of the recordings to mix.")
+    ] = None,
+    preset: PresetOption = Preset.default,
+    sampler: SamplerOption = None,
+    steps: Steps = None,
+    device: Device = "auto",
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="One JSON line per mixture, as it is scored.")
+    ] = None,
+    verbose: Verbose = False,
+) -> None:
+    """Score separators on mixtures of a corpus.
+
+    Prints the mean, the median and the interval of the scores.
+    """
+    from audiosep.progress import Display
+
+    with _errors(verbose, Display()), _logging(Display(), verbose=verbose):
+        from audiosep import evaluate as module
+
+        module.run(
+            manifest=manifest,
+            task=task,
+            count=count,
+            seed=seed,
+            models=_split(model),
+            out=out,
+            preset=preset.value,
+            sampler=sampler and sampler.value,
+            steps=steps,
+            device=device,
+        )
+
+
+@models_app.command("list")
+def models_list(as_json: AsJson = False, verbose: Verbose = False) -> None:
+    """The checkpoints that are here: shipped ones, and downloaded ones."""
+    with _errors(verbose):
+        from audiosep import hub
+
+        found = hub.list_checkpoints()
+        if as_json:
+            print(json.dumps(found, indent=2, default=str))
+            return
+        for entry in found:
+            fields = ("name", "kind", "sample_rate", "parameters", "licence", "path")
+            print("\t".join(f"{entry.get(key, '')}" for key in fields))
+        if not found:
+            raise ModelError("no checkpoints found; see: audiosep models import --help")
+
+
+@models_app.command("info")
+def models_info(
+    name: Annotated[str, typer.Argument(help="A checkpoint's name or folder.")],
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """What a checkpoint holds: its configuration, and its card."""
+    with _errors(verbose):
+        from audiosep import hub
+
+        folder = hub.find(name)
+        config = hub.read_config(folder)
+        if as_json:
+            print(json.dumps({"path": os.fspath(folder), "config": config}, indent=2))
+            return
+        print(f"path: {folder}")
+        for key, value in config.items():
+            print(f"{key}: {value if isinstance(value, str) else json.dumps(value)}")
+        card = folder / "README.md"
+        if card.exists():
+            print(f"\n{card.read_text(encoding='utf-8').strip()}")
+
+
+@models_app.command("import")
+def models_import(
+    file: Annotated[
+        Path, typer.Argument(help="sound_source.pt or speech_source.pt, as published.")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option("-o", "--out", help="The new checkpoint folder.  [default: FILE's name]"),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a folder that exists.")
+    ] = False,
+    verbose: Verbose = False,
+) -> None:
+    """Turn a published checkpoint file into a checkpoint folder of ours."""
+    with _errors(verbose):
+        folder = out or Path(file.stem)
+        if not file.is_file():
+            raise ModelError(f"{file}: no such file")
+        if folder.exists() and not overwrite:
+            raise UsageError(f"{folder}: exists; choose --overwrite or another -o")
+        import torch
+
+        from audiosep import hub
+
+        prior = hub.import_unasdiff(file)
+        card = {"title": f"UnaSDiff, imported from {file.name}", "licence": "none stated"}
+        hub.save_prior(prior, folder, card, torch.float32)  # outputs stay those published
+        print(folder)
+
+
+@app.command()
+def doctor(as_json: AsJson = False, verbose: Verbose = False) -> None:
+    """Show what is installed, and what is amiss."""
+    with _errors(verbose):
+        from audiosep import doctor as module
+
+        facts = module.examine()
+        print(json.dumps(facts, indent=2) if as_json else module.as_text(facts))
+
+
+@contextlib.contextmanager
+def _errors(verbose: bool, shown: Display | None = None) -> Iterator[None]:
+    """Turn an error into one line on stderr and its exit code; -v adds where it arose."""
+
+    def leave(line: str, code: int) -> NoReturn:
+        if verbose and code not in (EXIT_INTERRUPTED, EXIT_USAGE):
+            traceback.print_exc()
+        if shown is None:
+            print(line, file=sys.stderr)
+        else:
+            shown.error(line)
+        raise typer.Exit(code) from None
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        leave("interrupted", EXIT_INTERRUPTED)
+    except AudiosepError as error:
+        codes = {UsageError: EXIT_USAGE, ModelError: EXIT_MODEL}
+        code = next((c for kind, c in codes.items() if isinstance(error, kind)), EXIT_FAILED)
+        leave(f"error: {error}", code)
+    except BrokenPipeError:  # the reader of stdout has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(EXIT_FAILED) from None
+    except (typer.Exit, typer.Abort):
+        raise
+    except Exception as error:
+        hint = "" if verbose else " (-v shows where)"
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        leave(f"error: {text}{hint}", EXIT_FAILED)
+
+
+@contextlib.contextmanager
+def _logging(shown: Display, *, verbose: bool, quiet: bool = False) -> Iterator[None]:
+    """Send audiosep's log to the display: warnings, with -v everything, with -q errors."""
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            shown.error(self.format(record))
+
+    logger = logging.getLogger("audiosep")
+    handler = Handler(logging.DEBUG if verbose else logging.ERROR if quiet else logging.WARNING)
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(handler.level)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
+
+
+def _share_cores(parallel: int) -> None:
+    if parallel > 1:
+        import torch
+
+        torch.set_num_threads(max(1, torch.get_num_threads() // parallel))
+
+
+def _refuse_both(first: bool, first_name: str, second: bool, second_name: str) -> None:
+    if first and second:
+        raise UsageError(f"{first_name} and {second_name} exclude each other")
+
+
+def _split(names: str) -> list[str]:
+    return [name.strip() for name in names.split(",") if name.strip()]
+
+
+def _model_folder(names: str) -> str:
+    """The models' part of the output path: "speech+sound", a folder by its last part."""
+    return "+".join(name.rstrip("/").rpartition("/")[2] for name in _split(names))

@@ -1,0 +1,287 @@
+"""Self-contained pages: a table of facts, and a spectrogram with a player for each track.
+
+One HTML file that needs no network: pictures and sound lie in it as data. It follows the
+reader's light or dark setting, and everything works from the keyboard.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import os
+import struct
+import tempfile
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import soundfile as sf
+
+from audiosep.errors import AudioError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+Track = tuple[str, "NDArray[np.floating[Any]]", int]
+
+WIDTH, HEIGHT = 1000, 192  # of a picture, in pixels; HEIGHT is the number of mel bands
+RANGE_DB = 80.0
+# Dark violet to pale yellow, evenly rising in lightness: red, green, blue at equal distances.
+_COLOURS = np.array(
+    [
+        (8, 6, 30),
+        (52, 18, 94),
+        (112, 31, 116),
+        (174, 48, 104),
+        (226, 84, 76),
+        (250, 148, 62),
+        (253, 210, 98),
+        (254, 252, 205),
+    ],
+    dtype=float,
+)
+
+
+def write_page(
+    path: str | os.PathLike[str], title: str, report: dict[str, Any], tracks: Sequence[Track]
+) -> None:
+    """Write a page about some tracks: (name, wave (C, T), sample rate in Hz) each.
+
+    All pictures share one colour scale, so that a faint stem looks faint. Raises AudioError if
+    the file can't be written.
+    """
+    pictures = [mel_picture(wave, rate) for _, wave, rate in tracks]
+    top = max((float(picture.max()) for picture in pictures), default=0.0)
+    figures = [_figure(track, picture, top) for track, picture in zip(tracks, pictures)]
+    page = _PAGE.format(
+        title=html.escape(_printable(title)),
+        table=_table(report),
+        figures="\n".join(figures),
+        style=_STYLE,
+        script=_SCRIPT,
+    )
+    _write(Path(path), page)
+
+
+def mel_picture(wave: NDArray[np.floating[Any]], sample_rate: int) -> NDArray[np.floating[Any]]:
+    """Mel spectrogram in dB, (HEIGHT bands low to high, at most WIDTH columns), of a (C, T)."""
+    import librosa
+
+    mono = np.asarray(wave, dtype=np.float32).mean(axis=0)
+    hop = max(64, -(-mono.size // WIDTH))
+    n_fft = min(max(2048, 1 << (hop - 1).bit_length()), 1 << 14)
+    mono = np.pad(mono, (0, max(0, n_fft - mono.size)))
+    power = np.abs(librosa.stft(mono, n_fft=n_fft, hop_length=hop, pad_mode="constant")) ** 2
+    weights = librosa.filters.mel(sr=sample_rate, n_fft=n_fft, n_mels=HEIGHT, norm=None)
+    # A low band may lie between two bins: it takes the nearest one, so that no row stays black.
+    for band in np.flatnonzero(weights.sum(axis=1) == 0):
+        centres = librosa.mel_frequencies(HEIGHT + 2, fmax=sample_rate / 2)
+        weights[band, round(centres[band + 1] * n_fft / sample_rate)] = 1.0
+    return 10 * np.log10(np.maximum(weights @ power, 1e-12))
+
+
+def png(picture: NDArray[np.floating[Any]]) -> bytes:
+    """A PNG file of values in 0..1, (rows from the bottom, columns), in our colours."""
+    places = np.linspace(0, 1, len(_COLOURS))
+    palette = np.stack(
+        [np.interp(np.linspace(0, 1, 256), places, _COLOURS[:, c]) for c in range(3)], axis=1
+    )
+    indices = np.rint(np.clip(picture[::-1], 0, 1) * 255).astype(np.uint8)
+    rows = np.pad(indices, ((0, 0), (1, 0)))  # each row begins with its filter: none
+    header = struct.pack(">IIBBBBB", picture.shape[1], picture.shape[0], 8, 3, 0, 0, 0)
+    chunks = (
+        (b"IHDR", header),
+        (b"PLTE", np.rint(palette).astype(np.uint8).tobytes()),
+        (b"IDAT", zlib.compress(rows.tobytes(), 9)),
+        (b"IEND", b""),
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks
+    )
+
+
+def _sound(wave: NDArray[np.floating[Any]], sample_rate: int) -> tuple[str, bytes]:
+    """MIME type and bytes of the track: Ogg Vorbis, or FLAC for a rate that Vorbis refuses."""
+    samples = np.clip(np.asarray(wave, dtype=np.float32)[:2], -1, 1).T  # players play two
+    for kind, subtype, mime in (("OGG", "VORBIS", "audio/ogg"), ("FLAC", "PCM_16", "audio/flac")):
+        buffer = io.BytesIO()
+        try:
+            with sf.SoundFile(
+                buffer, "w", sample_rate, samples.shape[1], subtype, format=kind
+            ) as file:
+                for start in range(0, len(samples), 65536):
+                    file.write(samples[start : start + 65536])
+        except sf.SoundFileError:
+            continue
+        return mime, buffer.getvalue()
+    raise AudioError(f"a page can't hold sound at {sample_rate} Hz")
+
+
+def _figure(track: Track, picture: NDArray[np.floating[Any]], top: float) -> str:
+    name, wave, rate = track
+    mime, sound = _sound(wave, rate)
+    level = float(np.sqrt(np.mean(np.square(wave, dtype=np.float64)))) if wave.size else 0.0
+    decibels = f"{20 * np.log10(level):.1f} dBFS" if level > 0 else "silent"
+    shown = png((picture - top) / RANGE_DB + 1)
+    return _FIGURE.format(
+        name=html.escape(_printable(name)),
+        facts=f"{wave.shape[1] / rate:.2f} s, {rate} Hz, {wave.shape[0]} channel(s), {decibels}",
+        picture=_data("image/png", shown),
+        sound=_data(mime, sound),
+        half=f"{_mel_middle(rate):.0f}",
+        nyquist=f"{rate / 2000:g}",
+        end=f"{wave.shape[1] / rate:.1f}",
+    )
+
+
+def _mel_middle(sample_rate: int) -> float:
+    """The frequency in Hz half way up a picture."""
+    import librosa
+
+    return float(librosa.mel_frequencies(3, fmax=sample_rate / 2)[1])
+
+
+def _data(mime: str, content: bytes) -> str:
+    return f"data:{mime};base64,{base64.b64encode(content).decode('ascii')}"
+
+
+def _table(report: dict[str, Any]) -> str:
+    rows = "\n".join(
+        f'<tr><th scope="row">{html.escape(_printable(key))}</th><td>{_cell(value)}</td></tr>'
+        for key, value in report.items()
+    )
+    return f"<table>\n{rows}\n</table>" if rows else ""
+
+
+def _cell(value: Any) -> str:
+    """A value as HTML; a dict or a list of them becomes a list."""
+    if isinstance(value, dict):
+        items = (f"<li>{html.escape(_printable(k))}: {_cell(v)}</li>" for k, v in value.items())
+        return f"<ul>{''.join(items)}</ul>"
+    if isinstance(value, (list, tuple)):
+        if not any(isinstance(item, (dict, list, tuple)) for item in value):
+            return ", ".join(_cell(item) for item in value)
+        return f"<ul>{''.join(f'<li>{_cell(item)}</li>' for item in value)}</ul>"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return html.escape(_printable(str(value)))
+
+
+def _printable(text: str) -> str:
+    """Names of files may hold bytes that are not text."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _write(path: Path, text: str) -> None:
+    """Write under a temporary name, then rename."""
+    partial = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", dir=path.parent, prefix=".", suffix=".partial.html", delete=False
+        ) as file:
+            partial = Path(file.name)
+            file.write(text)
+        partial.chmod(0o644)
+        os.replace(partial, path)
+    except OSError as error:
+        raise AudioError(f"{path}: can't be written: {error.strerror}") from None
+    finally:
+        if partial is not None:
+            partial.unlink(missing_ok=True)
+
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+<main>
+<h1>{title}</h1>
+{figures}
+<section aria-labelledby="facts"><h2 id="facts">Facts</h2>
+{table}</section>
+</main>
+<script>{script}</script>
+</body>
+</html>
+"""
+
+_FIGURE = """<figure>
+<figcaption><h2>{name}</h2> <span>{facts}</span></figcaption>
+<div class="plot">
+<div class="scale" aria-hidden="true">
+<span>{nyquist} kHz</span><span>{half} Hz</span><span>0</span></div>
+<div class="picture"><img src="{picture}" alt="Spectrogram of {name}, {end} s, 0 to {nyquist} kHz">
+<div class="head"></div></div>
+</div>
+<audio controls preload="metadata" src="{sound}" aria-label="{name}"></audio>
+</figure>"""
+
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1d1a22; --soft: #625d6b; --page: #fbfaf8;
+  --line: #dcd8d2; --accent: #a3245f; }
+@media (prefers-color-scheme: dark) { :root { --ink: #ece8f0; --soft: #a49eb0; --page: #16131b;
+  --line: #383342; --accent: #ff8fbf; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--page); color: var(--ink); line-height: 1.5;
+  font-family: system-ui, sans-serif; }
+main { max-width: 64rem; margin: 0 auto; padding: 2rem 1rem 4rem; }
+h1 { font-size: 1.6rem; margin: 0 0 1.5rem; overflow-wrap: anywhere; }
+h2 { font-size: 1.05rem; margin: 0; display: inline; }
+figure { margin: 0 0 2rem; }
+figcaption span, .scale { color: var(--soft); font-size: .85rem; }
+.plot { display: flex; gap: .5rem; margin: .4rem 0; }
+.scale { display: flex; flex-direction: column; justify-content: space-between;
+  width: 4.2rem; flex: none; text-align: right; line-height: 1; }
+.picture { position: relative; flex: 1; height: 12rem; cursor: crosshair; overflow: hidden;
+  border-radius: 4px; background: #08061e; }
+.picture img { width: 100%; height: 100%; display: block; }
+.head { position: absolute; top: 0; bottom: 0; left: 0; width: 2px; background: #fff;
+  box-shadow: 0 0 0 1px #0008; }
+audio { display: block; width: calc(100% - 4.7rem); margin-left: 4.7rem; }
+audio:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; border-radius: 4px; }
+section { border-top: 1px solid var(--line); padding-top: 1rem; }
+table { border-collapse: collapse; width: 100%; font-size: .9rem; margin-top: .5rem; }
+th, td { text-align: left; vertical-align: top; padding: .3rem .8rem .3rem 0;
+  border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
+th { font-weight: 600; width: 12rem; }
+td ul { margin: 0; padding-left: 1.1rem; }
+@media (max-width: 40rem) { .scale { display: none; } audio { width: 100%; margin: 0; }
+  th { width: 8rem; } }
+"""
+
+_SCRIPT = """
+for (const figure of document.querySelectorAll('figure')) {
+  const audio = figure.querySelector('audio');
+  const picture = figure.querySelector('.picture');
+  const head = figure.querySelector('.head');
+  const draw = () => {
+    head.style.left = 100 * (audio.currentTime / (audio.duration || 1)) + '%';
+    if (!audio.paused) requestAnimationFrame(draw);
+  };
+  for (const event of ['play', 'seeked', 'pause']) audio.addEventListener(event, draw);
+  audio.addEventListener('play', () => {
+    for (const other of document.querySelectorAll('audio')) if (other !== audio) other.pause();
+  });
+  picture.addEventListener('click', (event) => {
+    const box = picture.getBoundingClientRect();
+    audio.currentTime = (audio.duration || 0) * (event.clientX - box.left) / box.width;
+  });
+  audio.addEventListener('keydown', (event) => {
+    const jump = {ArrowLeft: -1, ArrowRight: 1}[event.key];
+    if (event.key === 'Home') audio.currentTime = 0;
+    else if (jump) audio.currentTime = Math.max(0, audio.currentTime + jump);
+    else return;
+    event.preventDefault();
+  });
+}
+"""
