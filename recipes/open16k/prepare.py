@@ -95,12 +95,7 @@ def split(rows: list[Row]) -> None:
     for row in rows:
         if row["split"] == "train":
             groups[row["speaker_or_class"]].add(row["group"])
-    rare = {
-        group
-        for label, members in groups.items()
-        for group in members
-        if len(members) < VALID_LEAST
-    }
+    rare = {group for label, members in groups.items() for group in members if len(members) < VALID_LEAST}
     for row in rows:
         if row["split"] != "train":
             continue
