@@ -73,7 +73,7 @@ def run(
         "models": models,
         "segment": segment,
         "labels": known,
-        "options": {key: str(options[key]) for key in sorted(options) if key not in ("device", "batch")},
+        "options": {key: str(value) for key, value in sorted(options.items()) if _matters(key, value)},
         "weights": _weights(separator),
         "items": _fingerprint(dataset),
     }
@@ -195,6 +195,11 @@ def _row(separator: Separates, item: Mapping[str, Any], index: int, labels: bool
         "seconds": seconds,
         "evaluations": result.report.get("network_evaluations"),
     }
+
+
+def _matters(option: str, value: Any) -> bool:
+    """Whether an option changes the rows: where and how many at a time does not, nor a default."""
+    return value is not None and option not in ("device", "batch")
 
 
 def _classes(separator: Separates) -> list[str]:
