@@ -44,9 +44,7 @@ class HalfSeparator:
             raise UsageError(f"no source {sources}; choose from bark, sound, speech")
         return sources
 
-    def separate_file(
-        self, path, out, sources=None, *, format=None, subtype=None, residual=False, progress=None
-    ):
+    def separate_file(self, path, out, sources=None, *, format=None, subtype=None, residual=False, progress=None):
         stems = self.source_names(sources) + ["residual"] * residual
         with audio.open_reader(path) as reader, ExitStack() as stack:
             info = reader.info
@@ -55,9 +53,7 @@ class HalfSeparator:
             subtype = subtype or audio.subtype_for(info, format or "wav")
             writers = [
                 stack.enter_context(
-                    audio.Writer(
-                        out(stem), info.sample_rate, info.channels, format=format, subtype=subtype
-                    )
+                    audio.Writer(out(stem), info.sample_rate, info.channels, format=format, subtype=subtype)
                 )
                 for stem in stems
             ]
@@ -72,9 +68,7 @@ class HalfSeparator:
 
 @pytest.fixture(autouse=True)
 def fake(monkeypatch, tmp_path):
-    monkeypatch.setitem(
-        sys.modules, "audiosep.separator", types.SimpleNamespace(Separator=HalfSeparator)
-    )
+    monkeypatch.setitem(sys.modules, "audiosep.separator", types.SimpleNamespace(Separator=HalfSeparator))
     monkeypatch.chdir(tmp_path)
     HalfSeparator.calls.clear()
     tone("mix.wav")
@@ -327,9 +321,7 @@ def test_interrupt(parallel):
     tone("longer.wav", seconds=60)
     code = INTERRUPTED.format(tests=str(Path(__file__).parent), root=str(ROOT))
     arguments = ["separate", "long.wav", "longer.wav", "-j", parallel]
-    with subprocess.Popen(
-        [sys.executable, "-c", code, *arguments], stderr=subprocess.PIPE, text=True
-    ) as process:
+    with subprocess.Popen([sys.executable, "-c", code, *arguments], stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr.readline().startswith("started")
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=20)

@@ -17,9 +17,7 @@ class NoNoise(Noise):
         return torch.zeros(like.shape[0], rows, like.shape[-1])
 
 
-@pytest.mark.parametrize(
-    ("sampler", "name", "last"), [("hybrid", "hybrid", 0), ("dsg", "DSG", 0), ("dps", "DPS", 10)]
-)
+@pytest.mark.parametrize(("sampler", "name", "last"), [("hybrid", "hybrid", 0), ("dsg", "DSG", 0), ("dps", "DPS", 10)])
 def test_published_preset_reproduces_the_published_loop(gaussian, sampler, name, last):
     compared = 0
     for state in build(gaussian.joint, sampler, "published")(gaussian.mixture, NoNoise()):
