@@ -1,6 +1,5 @@
 """The command, with a small stand-in for the separator: files, refusals, exit codes, streams."""
 
-import ast
 import io
 import json
 import os
@@ -445,18 +444,6 @@ def test_doctor_knows_what_pyproject_asks_for():
     for extra, packages in doctor.EXTRAS.items():
         assert [line.partition(">")[0] for line in extras[extra]] == list(packages)
     assert [line.partition(">")[0] for line in project["dependencies"]] == list(doctor.CORE)
-
-
-def test_no_path_of_separate_imports_torchaudio():
-    for name in ("cli", "batch", "doctor", "progress", "report", "audio"):
-        tree = ast.parse((ROOT / "audiosep" / f"{name}.py").read_text())
-        imported = [
-            alias.name
-            for node in ast.walk(tree)
-            if isinstance(node, ast.Import | ast.ImportFrom)
-            for alias in node.names
-        ]
-        assert "torchaudio" not in imported
 
 
 def test_reports_are_plain_json(tmp_path):
