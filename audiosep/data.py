@@ -1,0 +1,455 @@
+"""Clean recordings: the manifest, windows to train a prior on, mixtures to score a separator on.
+
+Every item is a pure function of (seed, index): two machines, or one that was killed and resumed,
+see the same clips, offsets and gains. Only `Generator.random` is drawn from, on lists sorted by
+path.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+import soxr
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import Dataset
+
+from audiosep.errors import AudioError, UsageError
+
+__all__ = [
+    "Item",
+    "MixtureDataset",
+    "SourceDataset",
+    "active_spans",
+    "class_names",
+    "load_clip",
+    "parse_task",
+    "read_manifest",
+]
+
+COLUMNS = ("path", "split", "kind", "speaker_or_class", "duration_s", "group")
+KINDS = ("speech", "sound")
+
+# A 50 ms window is active when the sum of its squares at 44.1 kHz is above 1e-4: a mean square of
+# 4.5e-8 (-73 dBFS), whatever the sample rate.
+ACTIVE_POWER = 1e-4 / 2205
+
+Wave = NDArray[np.float32]
+
+
+@dataclass(frozen=True, order=True)
+class Item:
+    """One clean recording of a manifest; `label` is the speaker or the class of sound."""
+
+    id: str  # the path as the manifest has it
+    path: Path
+    split: str
+    kind: str
+    label: str
+    duration: float
+    group: str
+
+
+def read_manifest(
+    path: str | Path,
+    root: str | Path | None = None,
+    split: str | None = None,
+    kind: str | None = None,
+) -> list[Item]:
+    """The rows of a manifest (CSV), sorted by path, of one split and one kind where given.
+
+    Paths are relative to `root`, by default the manifest's folder. Columns other than `path, split,
+    kind, speaker_or_class, duration_s, group` are ignored. The recordings are not opened.
+    """
+    path = Path(path)
+    root = path.parent if root is None else Path(root)
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            missing = [name for name in COLUMNS if name not in (reader.fieldnames or [])]
+            if missing:
+                raise UsageError(f"{path}: no column {', '.join(missing)}")
+            items = [_item(row, root, f"{path}:{reader.line_num}") for row in reader]
+    except FileNotFoundError as error:
+        raise UsageError(f"{path}: no such manifest; a recipe's prepare.py writes one") from error
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UsageError(f"{path}: can't be read as a manifest: {error}") from error
+    chosen = sorted(
+        item for item in items if split in (None, item.split) and kind in (None, item.kind)
+    )
+    if not chosen:
+        have = sorted({f"{item.split} {item.kind}" for item in items}) or ["no rows"]
+        wanted = " ".join(word for word in (split, kind) if word)
+        raise UsageError(f"{path}: no rows of {wanted or 'any kind'}; it has {', '.join(have)}")
+    return chosen
+
+
+def _item(row: dict[str, str], root: Path, where: str) -> Item:
+    if any(row.get(name) is None for name in COLUMNS):
+        raise UsageError(f"{where}: the row has fewer cells than the header")
+    if row["kind"] not in KINDS:
+        raise UsageError(f"{where}: kind is {' or '.join(KINDS)}, got {row['kind']!r}")
+    if not row["path"] or not row["speaker_or_class"]:
+        raise UsageError(f"{where}: path and speaker_or_class can't be empty")
+    try:
+        duration = float(row["duration_s"])
+    except ValueError:
+        duration = float("nan")
+    if not 0 < duration < float("inf"):
+        raise UsageError(f"{where}: duration_s is seconds above 0, got {row['duration_s']!r}")
+    return Item(
+        id=row["path"],
+        path=root / row["path"],
+        split=row["split"],
+        kind=row["kind"],
+        label=row["speaker_or_class"],
+        duration=duration,
+        group=row["group"],
+    )
+
+
+def class_names(items: Iterable[Item], least: int = 5) -> list[str]:
+    """Classes of sound with at least `least` clips, sorted: those worth a label of their own."""
+    groups = _by_label(item for item in items if item.kind == "sound")
+    return [label for label, clips in groups.items() if len(clips) >= least]
+
+
+def load_clip(
+    path: Path, sample_rate: int, seconds: float | None = None, where: float = 0.0
+) -> Wave:
+    """A recording as one channel (T,) at `sample_rate`; AudioError when it can't be had.
+
+    Of one longer than `seconds`, that much at the fraction `where` of what can be skipped.
+    """
+    try:
+        with soundfile.SoundFile(path) as file:
+            rate = file.samplerate
+            frames = file.frames if seconds is None else round(seconds * rate)
+            file.seek(int(where * max(0, file.frames - frames)))
+            wave = file.read(frames, dtype="float32", always_2d=True).mean(axis=1)
+    except (OSError, soundfile.SoundFileError) as error:
+        reason = str(error) if path.exists() else "no such file"
+        raise AudioError(f"{path}: can't be decoded: {reason}") from error
+    if wave.size == 0:
+        raise AudioError(f"{path}: holds no samples")
+    if not np.isfinite(wave).all():
+        raise AudioError(f"{path}: holds NaN or infinite samples")
+    return wave if rate == sample_rate else soxr.resample(wave, rate, sample_rate)
+
+
+def active_spans(wave: Wave, sample_rate: int) -> list[tuple[int, int]]:
+    """Stretches [start, end) in samples that are not silent: (T,) -> list.
+
+    Windows of 50 ms every 25 ms; a run of windows above `ACTIVE_POWER` is a span.
+    """
+    window, hop = max(1, round(0.05 * sample_rate)), max(1, round(0.025 * sample_rate))
+    starts = np.arange(1 + max(0, -(-(wave.size - window) // hop))) * hop
+    ends = np.minimum(starts + window, wave.size)
+    energy = np.concatenate([[0.0], np.cumsum(np.square(wave, dtype=np.float64))])
+    active = (energy[ends] - energy[starts]) / window > ACTIVE_POWER
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], active, [False]])))
+    return [(int(starts[a]), int(ends[b - 1])) for a, b in zip(edges[::2], edges[1::2])]
+
+
+def parse_task(task: str) -> tuple[int, int]:
+    """How many sources of speech and of sound: "1speech+2sound" is (1, 2)."""
+    counts = {"speech": 0, "sound": 0}
+    for part in task.replace(" ", "").lower().split("+"):
+        match = re.fullmatch(r"([1-9]\d*)?(speech|sound)s?", part)
+        if match is None:
+            raise UsageError(f"a task is like 1speech+1sound, 2sound or 2speech, got {task!r}")
+        counts[match[2]] += int(match[1] or 1)
+    return counts["speech"], counts["sound"]
+
+
+class MixtureDataset(Dataset[dict[str, Any]]):
+    """Mixtures as the UnaSDiff paper makes them (Shi et al., AAAI 2026), from `items`.
+
+    Distinct speakers and distinct classes are drawn uniformly, then a clip of each; of a sound one
+    active span (drawn by length); of what is longer than the segment a random part. The first
+    source starts anywhere, each next one within the extent of the one before, so that neighbours
+    overlap; sources of a speech-only task all start at 0. Every source's RMS over the whole canvas
+    is uniform in `level` (dBFS), and the mixture is their sum.
+
+    Item i, the same on every machine: `mixture` (T,), `sources` (K, T), `names` (what to ask a
+    separator for: "speech" or the class), `labels` (speaker or class), `ids` (the clips' paths);
+    speech first. `classes` keeps to sounds of these classes (names compared without case).
+    A clip that can't be decoded is an error: without it these would be other mixtures.
+    """
+
+    def __init__(
+        self,
+        items: Iterable[Item],
+        task: str,
+        count: int,
+        seed: int,
+        segment: float = 4.0,
+        sample_rate: int = 16000,
+        classes: Sequence[str] | None = None,
+        level: tuple[float, float] = (-25.0, -20.0),
+    ) -> None:
+        if count < 1:
+            raise UsageError(f"count is at least 1, got {count}")
+        if seed < 0:
+            raise UsageError(f"seed is at least 0, got {seed}")
+        self.task, self.count, self.seed = task, count, seed
+        self.segment, self.sample_rate, self.level = segment, sample_rate, level
+        self.n_speech, self.n_sound = parse_task(task)
+        known = None if classes is None else {name.casefold() for name in classes}
+        items = sorted(items)
+        self.speakers = _by_label(item for item in items if item.kind == "speech")
+        self.classes = _by_label(
+            item
+            for item in items
+            if item.kind == "sound" and (known is None or item.label.casefold() in known)
+        )
+        for need, groups, what in (
+            (self.n_speech, self.speakers, "speakers"),
+            (self.n_sound, self.classes, "classes of sound"),
+        ):
+            if need > len(groups):
+                raise UsageError(f"{task} needs {need} {what}, the items have {len(groups)}")
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < self.count:
+            raise IndexError(index)
+        rng = np.random.default_rng([self.seed, index])
+        length = round(self.segment * self.sample_rate)
+        chosen = [
+            *_distinct(rng, self.speakers, self.n_speech),
+            *_distinct(rng, self.classes, self.n_sound),
+        ]
+        drawn = [self._draw(rng, clips, length) for clips in chosen]
+        waves = [wave for _, wave in drawn]
+        sizes = [wave.size for wave in waves]
+        starts = _overlapping(rng, sizes, length) if self.n_sound else [0] * len(waves)
+        sources = np.zeros((len(waves), length))
+        for row, start, wave in zip(sources, starts, waves):
+            row[start : start + wave.size] = wave
+            row *= _gain(row, _uniform(rng, *self.level))
+        stems = torch.from_numpy(sources.astype(np.float32))
+        items = [item for item, _ in drawn]
+        return {
+            "mixture": stems.sum(0),
+            "sources": stems,
+            "names": ["speech" if item.kind == "speech" else item.label for item in items],
+            "labels": [item.label for item in items],
+            "ids": [item.id for item in items],
+        }
+
+    def _draw(
+        self, rng: np.random.Generator, clips: list[Item], length: int
+    ) -> tuple[Item, NDArray[np.float64]]:
+        for _ in range(100):
+            item = clips[_index(rng, len(clips))]
+            wave = load_clip(item.path, self.sample_rate)
+            wave = _excerpt(rng, wave, item.kind, length, self.sample_rate)
+            if wave.any():
+                return item, wave.astype(np.float64)
+        raise AudioError(f"{clips[0].path}: silent, as are all clips drawn of {clips[0].label!r}")
+
+
+class SourceDataset(Dataset[dict[str, Any]]):
+    """Windows of single sources, to train a prior on: item i is a pure function of (seed, i).
+
+    `count` is the number of windows (steps x batch in a run): a resumed run goes on at index
+    `done` with `Subset(dataset, range(done, count))`. Of the speakers or classes one is drawn in
+    proportion to (the windows that its clips fill) ** `balance` (1: clips as they come, 0: every
+    label equally often), then one of its clips:
+    - speech: a random part of it; when it is too short, other clips of the speaker are appended
+      at the same level, with probability `join`, or else it lies somewhere in silence;
+    - sound: one active span, drawn by length, a random part of it when it is too long, somewhere
+      in silence when it is too short.
+    The RMS over the whole window is uniform in `level` (dBFS); before, `speed` (0.1: +-10 %, pitch
+    too) and `polarity` (a sign) vary the clip, after, `gain` adds +-gain dB of level.
+
+    An item is `wave` (T,) float32 and `label`, the index in `classes`, or len(classes), which is
+    the null class, for one that is not there. A clip that fails to decode is named in one warning,
+    left out from then on in all worker processes, and listed by `failed`.
+    """
+
+    def __init__(
+        self,
+        items: Iterable[Item],
+        count: int,
+        seed: int = 0,
+        segment: float = 4.0,
+        sample_rate: int = 16000,
+        classes: Sequence[str] = (),
+        balance: float = 0.5,
+        join: float = 0.75,
+        level: tuple[float, float] = (-25.0, -20.0),
+        gain: float = 0.0,
+        polarity: bool = True,
+        speed: float = 0.0,
+    ) -> None:
+        self.items = sorted(items)
+        if not self.items:
+            raise UsageError("no recordings to train on")
+        if count < 1 or seed < 0:
+            raise UsageError(f"count is at least 1 and seed at least 0, got {count} and {seed}")
+        if not 0 <= speed < 1:
+            raise UsageError(f"speed varies by less than 1, got {speed}")
+        self.count, self.seed, self.segment, self.sample_rate = count, seed, segment, sample_rate
+        self.join, self.level, self.gain = join, level, gain
+        self.polarity, self.speed = polarity, speed
+        self.index = {name.casefold(): i for i, name in enumerate(classes)}
+        positions = {item.id: i for i, item in enumerate(self.items)}
+        groups = _by_label(self.items).values()
+        self.groups = [[positions[item.id] for item in group] for group in groups]
+        filled = [sum(min(1.0, item.duration / segment) for item in group) for group in groups]
+        self.shares = np.cumsum(np.array(filled) ** balance)
+        # Shared memory: what one worker finds undecodable, no other tries again.
+        self._bad = torch.zeros(len(self.items), dtype=torch.bool).share_memory_()
+
+    def __len__(self) -> int:
+        return self.count
+
+    @property
+    def failed(self) -> list[str]:
+        """The clips that could not be decoded so far."""
+        return [self.items[i].id for i in self._bad.nonzero().flatten().tolist()]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < self.count:
+            raise IndexError(index)
+        rng = np.random.default_rng([self.seed, index])
+        length = round(self.segment * self.sample_rate)
+        for _ in range(100):
+            group = self.groups[_index_by(rng, self.shares)]
+            position = group[_index(rng, len(group))]
+            wave = self._window(rng, position, group, length)
+            if wave.any():
+                break
+        else:
+            raise AudioError(f"no usable recording in 100 draws; {len(self.failed)} do not decode")
+        wave = wave * _gain(wave, _uniform(rng, *self.level) + _uniform(rng, -self.gain, self.gain))
+        label = self.index.get(self.items[position].label.casefold(), len(self.index))
+        return {"wave": torch.from_numpy(wave.astype(np.float32)), "label": label}
+
+    def _window(
+        self, rng: np.random.Generator, position: int, group: list[int], length: int
+    ) -> NDArray[np.float64]:
+        """One window (length,), zeros when the clip is silent or can't be read."""
+        wave = self._clip(rng, position, length)
+        joins = rng.random() < self.join
+        if joins and wave.any() and self.items[position].kind == "speech":
+            wave = self._joined(rng, wave, group, length)
+        start = int(rng.random() * (length - wave.size + 1))
+        window = np.zeros(length)
+        window[start : start + wave.size] = wave
+        return window
+
+    def _joined(self, rng: np.random.Generator, wave: Wave, group: list[int], length: int) -> Wave:
+        """The clip and others of its speaker, at its level, until the window is full."""
+        parts, total, level = [wave], wave.size, _level(wave)
+        for _ in range(100):
+            if total >= length or len(group) == 1:
+                break
+            other = self._clip(rng, group[_index(rng, len(group))], length)
+            if other.any():
+                parts.append(other * np.float32(_gain(other, level)))
+                total += other.size
+        # A random part, so that the joint lies anywhere.
+        return _part(rng, np.concatenate(parts), length)
+
+    def _clip(self, rng: np.random.Generator, position: int, length: int) -> Wave:
+        """At most `length` samples of an item; none, once with a warning, if it can't be read."""
+        item = self.items[position]
+        rate = 1 + _uniform(rng, -self.speed, self.speed)
+        sign = -1 if rng.random() < 0.5 and self.polarity else 1
+        where = rng.random()
+        # Known or new, an unreadable clip takes the same draws: the window stays the same.
+        if self._bad[position]:
+            return np.zeros(0, np.float32)
+        # Of speech only what the window takes is decoded; of a sound all, to find its spans.
+        seconds = length * rate / self.sample_rate if item.kind == "speech" else None
+        try:
+            wave = load_clip(item.path, self.sample_rate, seconds, where)
+        except AudioError as error:
+            self._bad[position] = True
+            warnings.warn(f"left out of training: {error}", stacklevel=2)
+            return np.zeros(0, np.float32)
+        if rate != 1:
+            wave = soxr.resample(wave, rate, 1)
+        return sign * _excerpt(rng, wave, item.kind, length, self.sample_rate)
+
+
+def _excerpt(
+    rng: np.random.Generator, wave: Wave, kind: str, length: int, sample_rate: int
+) -> Wave:
+    """At most `length` samples: of a sound one active span, drawn by length (none if silent)."""
+    if kind == "sound":
+        spans = active_spans(wave, sample_rate)
+        if not spans:
+            return wave[:0]
+        start, end = spans[_index_by(rng, np.cumsum([b - a for a, b in spans]))]
+        wave = wave[start:end]
+    return _part(rng, wave, length)
+
+
+def _part(rng: np.random.Generator, wave: Wave, length: int) -> Wave:
+    start = int(rng.random() * (max(0, wave.size - length) + 1))
+    return wave[start : start + length]
+
+
+def _overlapping(rng: np.random.Generator, sizes: Sequence[int], length: int) -> list[int]:
+    """Starts on the canvas, each within the extent of the source before."""
+    starts: list[int] = []
+    for k, size in enumerate(sizes):
+        last = length - size
+        low = starts[-1] if starts else 0
+        high = min(starts[-1] + sizes[k - 1] - 1, last) if starts else last
+        # A long source after a late one has to begin before it, and still overlaps with it.
+        starts.append(low + int(rng.random() * (high - low + 1)) if low <= high else last)
+    return starts
+
+
+def _by_label(items: Iterable[Item]) -> dict[str, list[Item]]:
+    """Items by label: labels sorted, items in their order."""
+    groups: dict[str, list[Item]] = {}
+    for item in items:
+        groups.setdefault(item.label, []).append(item)
+    return dict(sorted(groups.items()))
+
+
+def _distinct(
+    rng: np.random.Generator, groups: dict[str, list[Item]], count: int
+) -> list[list[Item]]:
+    order = np.argsort(rng.random(len(groups)), kind="stable")[:count]
+    return [list(groups.values())[i] for i in order]
+
+
+def _index(rng: np.random.Generator, count: int) -> int:
+    return int(rng.random() * count)
+
+
+def _index_by(rng: np.random.Generator, shares: NDArray[Any]) -> int:
+    """An index drawn in proportion to its share, of shares summed up so far."""
+    drawn = rng.random() * float(shares[-1])
+    return min(int(np.searchsorted(shares, drawn, side="right")), len(shares) - 1)
+
+
+def _uniform(rng: np.random.Generator, low: float, high: float) -> float:
+    return low + (high - low) * rng.random()
+
+
+def _level(wave: NDArray[Any]) -> float:
+    """RMS in dB re full scale."""
+    return float(10 * np.log10(np.square(wave, dtype=np.float64).mean()))
+
+
+def _gain(wave: NDArray[Any], level: float) -> float:
+    """The factor that brings the RMS to `level` dBFS."""
+    return float(10 ** ((level - _level(wave)) / 20))

@@ -1,0 +1,549 @@
+"""Checkpoints: a name or a folder to a prior, and a prior to a folder.
+
+A checkpoint is a folder of three files: `config.json` (names and constructor arguments of backbone
+and schedule, what the prior is for, hash of the weights), `model.safetensors`, and `README.md` (the
+model card). Loading one runs no code of its own: names are looked up in the dicts below.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from audiosep import __version__
+from audiosep.backbones.triple_path_unet import TriplePathUNet
+from audiosep.errors import ModelError
+from audiosep.prior import Prior
+from audiosep.schedules import Schedule, ve, vp_linear
+
+__all__ = [
+    "BACKBONES",
+    "SCHEDULES",
+    "UNASDIFF_CARD",
+    "find",
+    "import_unasdiff",
+    "list_checkpoints",
+    "load_prior",
+    "read_config",
+    "save_prior",
+]
+
+# A new backbone or schedule is one line here.
+BACKBONES: dict[str, Callable[..., nn.Module]] = {"triple_path_unet": TriplePathUNet}
+SCHEDULES: dict[str, Callable[..., Schedule]] = {"vp_linear": vp_linear, "ve": ve}
+
+CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+FORMAT = 1
+
+_PACKAGE = Path(__file__).resolve().parent
+# In a wheel the checkpoints lie within the package, in a source checkout beside it.
+_SHELVES = (_PACKAGE / "checkpoints", _PACKAGE.parent / "checkpoints")
+_HUB_NAME = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?", re.ASCII)
+
+# The published sound model's labels 0..40 (FSD-Kaggle2018); rows 41..49 of its table are unused.
+FSD_LABELS = (
+    "Hi-hat",
+    "Saxophone",
+    "Trumpet",
+    "Cello",
+    "Clarinet",
+    "Snare_drum",
+    "Laughter",
+    "Fart",
+    "Flute",
+    "Bass_drum",
+    "Squeak",
+    "Double_bass",
+    "Shatter",
+    "Fireworks",
+    "Applause",
+    "Acoustic_guitar",
+    "Violin_or_fiddle",
+    "Tearing",
+    "Oboe",
+    "Gong",
+    "Knock",
+    "Writing",
+    "Cough",
+    "Bark",
+    "Tambourine",
+    "Burping_or_eructation",
+    "Cowbell",
+    "Harmonica",
+    "Drawer_open_or_close",
+    "Meow",
+    "Electric_piano",
+    "Gunshot_or_gunfire",
+    "Microwave_oven",
+    "Keys_jangling",
+    "Telephone",
+    "Computer_keyboard",
+    "Finger_snapping",
+    "Chime",
+    "Bus",
+    "Scissors",
+    "Glockenspiel",
+)
+
+UNASDIFF_CARD = {
+    "title": "UnaSDiff source prior, imported",
+    "description": "Weights published with UnaSDiff (Shi et al., AAAI 2026, arXiv 2512.07226).",
+    "licence": "none stated by its authors: for your own use, not to be passed on",
+    "data": "VCTK 0.92 (speech) or FSD-Kaggle2018 (sound), as the paper says",
+}
+
+
+def load_prior(
+    name: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> Prior:
+    """The prior of a checkpoint: a folder, a shipped name, or `org/name[@revision]` on the Hub.
+
+    Raises ModelError, in one line, when there is none or it is not what its config.json says.
+    """
+    folder = find(name)
+    config = read_config(folder)
+    backbone = _build("backbone", BACKBONES, config, folder)
+    schedule = _build("schedule", SCHEDULES, config, folder)
+    state = _read_weights(folder, config)
+    _check_state(state, backbone, str(folder / WEIGHTS))
+    backbone.load_state_dict(state)
+    try:
+        prior = Prior(
+            backbone,
+            schedule,
+            sample_rate=config["sample_rate"],
+            classes=config["classes"],
+            level=config["level"],
+            kind=config["kind"],
+            parameterization=config["parameterization"],
+        )
+    except ValueError as error:
+        raise ModelError(f"{folder / CONFIG}: {error}") from error
+    rows = getattr(backbone, "num_classes", 0)
+    if len(prior.classes) > rows:
+        raise ModelError(
+            f"{folder / CONFIG}: names {len(prior.classes)} classes, the backbone has {rows}"
+        )
+    prior = prior.to(device) if dtype is None else prior.to(device, dtype)
+    return prior.eval().requires_grad_(False)
+
+
+def save_prior(
+    prior: Prior,
+    folder: str | Path,
+    card: Mapping[str, Any],
+    dtype: torch.dtype = torch.float16,
+) -> Path:
+    """Write a checkpoint folder; it appears under its name when it is complete.
+
+    `card` may hold `title, description, licence, data, attribution` (text or list), `metrics` (a
+    list of rows, each a dict) and `training`; `licence, data, metrics` go into config.json too. A
+    checkpoint that lies there is replaced, another folder is not.
+    """
+    folder = Path(folder)
+    if folder.exists() and not _replaceable(folder):
+        raise ModelError(f"{folder} is there and not a checkpoint; choose another name")
+    partial = folder.parent / f".{folder.name}.{os.getpid()}.partial"
+    try:
+        partial.mkdir(parents=True)
+        save_file(_stored(prior.backbone, dtype), partial / WEIGHTS)
+        config = _config(prior, card) | {"sha256": _sha256(partial / WEIGHTS)}
+        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        (partial / CONFIG).write_text(text, encoding="utf-8")
+        (partial / CARD).write_text(_card(config, card), encoding="utf-8")
+        _replace(folder, partial)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{folder}: can't be written: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def find(name: str | Path) -> Path:
+    """The folder of a checkpoint: an existing folder, a shipped name, or from the Hub."""
+    path = Path(name)
+    if path.is_dir():
+        return path
+    if path.is_file():
+        raise ModelError(
+            f"{name} is a file, a checkpoint is a folder; "
+            "`audiosep models import` turns published UnaSDiff weights into one"
+        )
+    for shelf in _SHELVES:
+        if (shelf / str(name) / CONFIG).is_file():
+            return shelf / str(name)
+    match = _HUB_NAME.fullmatch(str(name))
+    if match:
+        return _from_hub(match[1], match[2])
+    shipped = ", ".join(entry["name"] for entry in list_checkpoints()) or "none"
+    raise ModelError(
+        f"no checkpoint {str(name)!r}: give a folder, org/name, or one of those shipped ({shipped})"
+    )
+
+
+def list_checkpoints() -> list[dict[str, Any]]:
+    """The shipped checkpoints: their configurations with `name` and `path`."""
+    found = {}
+    for shelf in reversed(_SHELVES):
+        for file in sorted(shelf.glob(f"*/{CONFIG}")):
+            path = file.parent
+            found[path.name] = {"name": path.name, "path": str(path), **read_config(path)}
+    return [found[name] for name in sorted(found)]
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A checkpoint's config.json, checked; ModelError when it is absent or wrong."""
+    path = folder / CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ModelError(f"{folder} is no checkpoint: it has no {CONFIG}") from error
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: can't be read: {error}") from error
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        raise ModelError(f"{path}: not a checkpoint of audiosep, or of a newer version than this")
+    for key, kind in _FIELDS.items():
+        value = config.get(key)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise ModelError(f"{path}: {key} is missing or of the wrong type")
+    if not all(isinstance(label, str) for label in config["classes"]):
+        raise ModelError(f"{path}: classes are not all names")
+    if config["sample_rate"] <= 0:
+        raise ModelError(f"{path}: sample_rate is above 0, got {config['sample_rate']}")
+    return config
+
+
+_FIELDS: dict[str, type | tuple[type, ...]] = {
+    "kind": str,
+    "sample_rate": int,
+    "level": (int, float),
+    "parameterization": str,
+    "classes": list,
+    "backbone": dict,
+    "schedule": dict,
+    "sha256": str,
+}
+
+
+def import_unasdiff(source: str | Path | Mapping[str, Any]) -> Prior:
+    """A prior from a published UnaSDiff checkpoint, {"model", "ema"}: a file or what is in it.
+
+    The averaged weights ("ema") are taken, as its authors do. The embedding table tells the model:
+    50 classes and the null row for sound, of which 41 have names, 1 and the null row for speech.
+    """
+    content = source if isinstance(source, Mapping) else _load_pickle(Path(source))
+    where = "the checkpoint" if isinstance(source, Mapping) else str(source)
+    state = content.get("ema") if isinstance(content, Mapping) else None
+    if not isinstance(state, Mapping):
+        raise ModelError(f'{where}: no "ema" weights; a published checkpoint holds model and ema')
+    if not all(isinstance(value, Tensor) for value in state.values()):
+        raise ModelError(f'{where}: "ema" holds something else than tensors')
+    table = state.get("y_embedder_1.embedding_table.weight")
+    if table is None or table.ndim != 2 or len(table) < 2:
+        raise ModelError(f"{where}: no class embedding table; not a UnaSDiff network")
+    num_classes = len(table) - 1
+    backbone = TriplePathUNet(num_classes=num_classes)
+    state = _renamed(state, backbone)
+    _check_state(state, backbone, where)
+    backbone.load_state_dict(state)
+    speech = num_classes == 1
+    classes = ("speech",) if speech else FSD_LABELS[:num_classes]
+    schedule = vp_linear(steps=200, beta_start=1e-4, beta_end=2e-2)
+    kind = "speech" if speech else "sound"
+    return Prior(
+        backbone, schedule, sample_rate=16000, classes=classes, level=-22.5, kind=kind
+    ).eval()
+
+
+# Part of a published name -> ours; embeddings are counted from 1 there.
+_UNASDIFF_NAMES: dict[str, str | Callable[[re.Match[str]], str]] = {
+    r"^conv_1\.": "stem.",
+    r"^(en|de)coder_level_(\d)\.": r"\1coder_\2.",
+    r"^down1_2\.body\.": "down_1.conv.",
+    r"^down2_3\.body\.": "down_2.conv.",
+    r"^up3_2\.body\.": "up_2.conv.",
+    r"^up2_1\.body\.": "up_1.conv.",
+    r"^reduce_chan_level(\d)\.": r"merge_\1.",
+    r"^t_embedder_out\.": "t_embedder_6.",
+    r"^t_embedder_(\d)\.": lambda match: f"time_embeddings.{int(match[1]) - 1}.",
+    r"^y_embedder_(\d)\.embedding_table\.": (
+        lambda match: f"class_embeddings.{int(match[1]) - 1}."
+    ),
+    r"^out_conv\.": "head_conv.",
+    r"^final_layer\.out_proj\.": "head_out.",
+    r"^final_layer\.adaLN_modulation\.1\.": "head_modulation.linear.",
+    r"\.fullatt\.sup_conv\.": ".global_temporal.fold.",
+    r"\.recov_conv\.": ".unfold.",
+    r"\.fullatt\.": ".global_temporal.",
+    r"\.freatt\.": ".intra_frame.",
+    r"\.timeatt\.": ".intra_frequency.",
+    r"\.sup_conv\.": ".gate.",
+    r"\.attn\.to_": ".attention.",
+    r"\.mlp\.fc1\.": ".feed_forward.expand.",
+    r"\.mlp\.fc2\.": ".feed_forward.contract.",
+    r"\.mlp\.0\.": ".first.",
+    r"\.mlp\.2\.": ".second.",
+    r"\.adaLN_modulation\.1\.": ".modulation.linear.",
+    r"\.adaLN_modulation_att\.1\.": ".attention_modulation.linear.",
+    r"\.adaLN_modulation_mlp\.1\.": ".feed_forward_modulation.linear.",
+}
+
+
+def _renamed(state: Mapping[str, Tensor], backbone: nn.Module) -> dict[str, Tensor]:
+    """Published names to ours. A 1x1 convolution (O, I, 1, 1) is a Linear (O, I) here."""
+    expected = backbone.state_dict()
+    renamed = {}
+    for name, value in state.items():
+        for pattern, replacement in _UNASDIFF_NAMES.items():
+            name = re.sub(pattern, replacement, name)
+        if name in expected and value.shape == (*expected[name].shape, 1, 1):
+            value = value[..., 0, 0]
+        renamed[name] = value
+    return renamed
+
+
+# Reading
+
+
+def _build(part: str, table: Mapping[str, Callable[..., Any]], config: dict, folder: Path) -> Any:
+    arguments = dict(config[part])
+    name = arguments.pop("name", None)
+    if name not in table:
+        known = ", ".join(table)
+        raise ModelError(f"{folder / CONFIG}: no {part} {name!r} in this version (has {known})")
+    try:
+        return table[name](**arguments)
+    except Exception as error:  # whatever wrong numbers lead to
+        raise ModelError(f"{folder / CONFIG}: {part} {name} can't be built: {error}") from error
+
+
+def _read_weights(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:
+    path = folder / WEIGHTS
+    if not path.is_file():
+        pickles = [p.name for p in sorted(folder.iterdir()) if p.suffix in _PICKLE_SUFFIXES]
+        if pickles:
+            raise _pickle_error(folder / pickles[0])
+        raise ModelError(f"{folder}: no {WEIGHTS}; fetch the checkpoint again")
+    try:
+        with path.open("rb") as file:
+            if file.read(4).startswith(_PICKLE_STARTS):
+                raise _pickle_error(path)
+        state = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{path}: truncated or damaged ({error}); fetch it again") from error
+    if _sha256(path) != config["sha256"]:
+        raise ModelError(f"{path}: not the weights that {CONFIG} names (sha256); fetch both again")
+    return state
+
+
+_PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
+_PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+
+
+def _pickle_error(path: Path) -> ModelError:
+    return ModelError(
+        f"{path}: a pickle, which can run code when loaded, so it is not; "
+        f"save the weights as {WEIGHTS}"
+    )
+
+
+def _check_state(state: Mapping[str, Tensor], backbone: nn.Module, where: str) -> None:
+    """Names, then shapes, then numbers."""
+    expected = backbone.state_dict()
+    missing, extra = expected.keys() - state.keys(), state.keys() - expected.keys()
+    if missing or extra:
+        example = f"missing {min(missing)}" if missing else f"unknown {min(extra)}"
+        raise ModelError(
+            f"{where}: weights of another network, {len(missing)} names missing and "
+            f"{len(extra)} unknown ({example})"
+        )
+    for name, value in expected.items():
+        have, want = tuple(state[name].shape), tuple(value.shape)
+        if have != want:
+            raise ModelError(f"{where}: {name} has shape {have}, the network needs {want}")
+        if not torch.isfinite(state[name]).all():
+            raise ModelError(f"{where}: {name} holds NaN or infinite values")
+
+
+def _load_pickle(path: Path) -> Any:
+    """Tensors and plain containers only: `weights_only` refuses anything that would run."""
+    if not path.is_file():
+        raise ModelError(f"{path}: no such file")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ModelError(f"{path}: holds more than tensors; not loaded, as it could run") from error
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelError(f"{path}: truncated or not a torch checkpoint: {reason}") from error
+
+
+def _from_hub(repo: str, revision: str | None) -> Path:
+    """The snapshot in the Hub's cache; only what is not there yet is fetched."""
+    from huggingface_hub import errors, snapshot_download
+
+    name = f"{repo}@{revision}" if revision else repo
+    wanted = [CONFIG, WEIGHTS, CARD]
+
+    def snapshot(local: bool) -> Path:
+        return Path(
+            snapshot_download(
+                repo, revision=revision, allow_patterns=wanted, local_files_only=local
+            )
+        )
+
+    try:
+        cached = snapshot(local=True)
+        if (cached / CONFIG).is_file() and (cached / WEIGHTS).is_file():
+            return cached
+    except (OSError, ValueError):
+        pass
+    try:
+        return snapshot(local=False)
+    except errors.GatedRepoError as error:
+        reason = "access has to be asked for on its page; then set HF_TOKEN"
+        raise ModelError(f"{name}: {reason}") from error
+    except errors.RevisionNotFoundError as error:
+        raise ModelError(f"{name}: the Hub has {repo}, but not this revision") from error
+    except errors.RepositoryNotFoundError as error:
+        reason = "no such folder, and no such repository on the Hub (or a private one: HF_TOKEN)"
+        raise ModelError(f"{name}: {reason}") from error
+    except Exception as error:  # the client's network errors have no common base
+        reason = "no such folder, not in the cache, and the Hub can't be reached"
+        raise ModelError(f"{name}: {reason} ({type(error).__name__})") from error
+
+
+# Writing
+
+
+def _stored(backbone: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    state = {}
+    for name, value in backbone.state_dict().items():
+        value = value.detach().cpu()
+        stored = value.to(dtype) if value.is_floating_point() else value
+        if not torch.isfinite(stored).all():
+            raise ModelError(f"{name} holds values that are not finite in {dtype}; not saved")
+        state[name] = stored.clone().contiguous()
+    return state
+
+
+def _config(prior: Prior, card: Mapping[str, Any]) -> dict[str, Any]:
+    arguments: Any = prior.backbone.config
+    names = [name for name, make in BACKBONES.items() if make is type(prior.backbone)]
+    if not names:
+        raise ModelError(f"{type(prior.backbone).__name__} is not among hub.BACKBONES")
+    return {
+        "format": FORMAT,
+        "audiosep": __version__,
+        "kind": prior.kind,
+        "sample_rate": prior.sample_rate,
+        "level": prior.level,
+        "parameterization": prior.parameterization,
+        "classes": list(prior.classes),
+        "backbone": {"name": names[0], **arguments},
+        "schedule": dict(prior.schedule.config),
+        "parameters": sum(p.numel() for p in prior.backbone.parameters()),
+        "licence": card.get("licence", "unknown"),
+        "data": card.get("data", "unknown"),
+        "metrics": card.get("metrics", []),
+    }
+
+
+def _card(config: Mapping[str, Any], card: Mapping[str, Any]) -> str:
+    """The model card: YAML front matter (JSON strings are YAML) and Markdown."""
+    title = card.get("title", f"{config['kind']} prior")
+    tags = json.dumps(["audiosep", "source-separation", "diffusion", config["kind"]])
+    front = [
+        "---",
+        "library_name: audiosep",
+        "pipeline_tag: audio-to-audio",
+        f"license: {json.dumps(card.get('licence_id', 'other'))}",
+        f"license_name: {json.dumps(config['licence'], ensure_ascii=False)}",
+        f"tags: {tags}",
+        "---",
+    ]
+    facts = {
+        "Kind": config["kind"],
+        "Sample rate": f"{config['sample_rate']} Hz",
+        "Level": f"{config['level']} dBFS RMS",
+        "Backbone": config["backbone"]["name"],
+        "Parameters": f"{config['parameters']:,}",
+        "Schedule": config["schedule"]["name"],
+        "Classes": f"{len(config['classes'])}",
+        "Licence": config["licence"],
+    }
+    blocks = [
+        "\n".join(front),
+        f"# {title}",
+        card.get("description", "A diffusion prior over clean recordings, for `audiosep`."),
+        _table([{"": key, "value": value} for key, value in facts.items()]),
+        "## Use\n\n```\naudiosep separate mix.wav -n FOLDER_OR_NAME\n```",
+    ]
+    for heading, content in (
+        ("Data", config["data"]),
+        ("Training", card.get("training")),
+        ("Metrics", config["metrics"]),
+        ("Classes", ", ".join(config["classes"])),
+        ("Attribution", card.get("attribution")),
+    ):
+        if content:
+            blocks.append(f"## {heading}\n\n{_markdown(content)}")
+    return "\n\n".join(blocks) + "\n"
+
+
+def _markdown(content: Any) -> str:
+    if isinstance(content, str):
+        return content
+    if isinstance(content, Mapping):
+        return _table([{"": key, "value": value} for key, value in content.items()])
+    rows = list(content)
+    if all(isinstance(row, Mapping) for row in rows):
+        return _table(rows)
+    return "\n".join(f"- {row}" for row in rows)
+
+
+def _table(rows: list[Mapping[str, Any]]) -> str:
+    headers = list(dict.fromkeys(key for row in rows for key in row))
+    lines = [headers, ["---"] * len(headers)]
+    lines += [[_cell(row.get(header, "")) for header in headers] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    text = f"{value:.2f}" if isinstance(value, float) else str(value)
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _replaceable(folder: Path) -> bool:
+    return folder.is_dir() and ((folder / CONFIG).is_file() or not any(folder.iterdir()))
+
+
+def _replace(folder: Path, partial: Path) -> None:
+    """Put the complete folder in its place; an older one goes when the new one is there."""
+    old = partial.with_suffix(".old")
+    if folder.exists():
+        folder.rename(old)
+    try:
+        partial.rename(folder)
+    except OSError:
+        if old.exists():
+            old.rename(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

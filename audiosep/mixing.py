@@ -1,0 +1,106 @@
+"""Mixtures of sources, and the way back: residuals shared out so that estimates add up to the mixture.
+
+Sources are (..., K, N) on their own axis, mixtures (..., N).
+"""
+
+from __future__ import annotations
+
+from itertools import permutations
+
+import torch
+from torch import Tensor
+
+from audiosep.errors import UsageError
+from audiosep.stft import istft, stft
+
+
+def mix(sources: Tensor) -> Tensor:
+    """Sum the sources (..., K, N) to the mixture (..., N)."""
+    return sources.sum(-2)
+
+
+def residual(mixture: Tensor, sources: Tensor) -> Tensor:
+    """What the sources (..., K, N) leave of the mixture (..., N)."""
+    return mixture - mix(sources)
+
+
+def project(
+    mixture: Tensor,
+    sources: Tensor,
+    n_fft: int = 512,
+    hop_length: int = 128,
+    known_band: float = 1.0,
+) -> Tensor:
+    """Make estimates add up to the mixture: each time-frequency bin's residual is shared out by their power there.
+
+    With powers P_k the estimate becomes X_k + P_k / sum_j P_j * (Y - sum_j X_j), which for variances P_k is the step of
+    a Kalman filter onto the mixture. Where no source has power the residual is shared equally.
+
+    Args:
+        mixture: (..., N).
+        sources: (..., K, N) estimates.
+        n_fft: STFT size.
+        hop_length: its hop.
+        known_band: fraction of the band that the estimates cover; above it each frame is shared out as in the
+            upper half of the band that they know.
+
+    Returns:
+        (..., K, N) whose sum is the mixture to rounding.
+    """
+    power = stft(sources, n_fft, hop_length).abs().square()
+    known = round(known_band * power.shape[-2])
+    if known < power.shape[-2]:
+        power[..., known:, :] = power[..., known // 2 : known, :].mean(-2, keepdim=True)
+    left = residual(mixture, sources)
+    shared = istft(
+        shares(power) * stft(left, n_fft, hop_length).unsqueeze(-3),
+        n_fft,
+        hop_length,
+        sources.shape[-1],
+    )
+    projected = sources + shared
+    # What the transforms' rounding left over is spread evenly.
+    return projected + (residual(mixture, projected) / sources.shape[-2]).unsqueeze(-2)
+
+
+def shares(power: Tensor, dim: int = -3) -> Tensor:
+    """Fractions power_k / sum_j power_j along `dim`; equal where there is no power at all."""
+    # The floor lies 120 dB under the loudest bin, so that rounding noise decides nothing.
+    floor = 1e-12 * power.amax() + torch.finfo(power.dtype).tiny
+    return (power + floor) / (power + floor).sum(dim, keepdim=True)
+
+
+def best_permutation(score: Tensor) -> Tensor:
+    """The assignment with the highest sum of scores: (B, K, K) -> (B, K).
+
+    `score[b, i, j]` is the score of estimate i against reference j, higher being better;
+    `index[b, j]` is the estimate given to reference j. All K! orders are tried up to K = 6, beyond
+    that the assignment problem is solved. Ties go to the order as given.
+    """
+    if score.ndim != 3 or score.shape[1] != score.shape[2]:
+        raise UsageError(f"scores have shape (B, K, K), got {tuple(score.shape)}")
+    if score.isnan().any():
+        raise UsageError("the scores to permute by hold NaN")
+    count = score.shape[1]
+    if count > 6:
+        return _assign(score)
+    orders = torch.tensor(list(permutations(range(count))), device=score.device)  # (P, K)
+    references = torch.arange(count, device=score.device)
+    totals = score[:, orders, references].sum(-1)  # (B, P)
+    return orders[totals.argmax(-1)]
+
+
+def _assign(score: Tensor) -> Tensor:
+    from scipy.optimize import linear_sum_assignment
+
+    tables = score.detach().double().cpu().numpy()
+    rows = [linear_sum_assignment(table.T, maximize=True)[1].tolist() for table in tables]
+    return torch.tensor(rows, device=score.device)
+
+
+def permute(sources: Tensor, index: Tensor) -> Tensor:
+    """Sources (B, K, ...) in the order index (B, K): source j of the result is `index[:, j]`."""
+    if sources.shape[:2] != index.shape:
+        shapes = f"{tuple(sources.shape)} and {tuple(index.shape)}"
+        raise UsageError(f"sources (B, K, ...) and their order (B, K) do not match: {shapes}")
+    return torch.stack([items[order] for items, order in zip(sources, index)])

@@ -1,0 +1,220 @@
+"""Priors: what one class of sources sounds like, as the denoiser E[x_0 | x_t].
+
+A prior answers at any noise level of any schedule: with s = sigma / alpha the observation x_t / alpha is the clean
+signal in white noise of standard deviation s, whatever the schedule that it came from.
+
+Two parameterisations of a backbone F:
+
+- ``"eps"``: F(x_t, t) estimates the noise, so E[x_0 | x_t] = (x_t - sigma_t F) / alpha_t (Ho et al. 2020).
+- ``"edm"``: E[x_0 | x] = c_skip x + c_out F(c_in x, t) with c_skip = d^2 / (s^2 + d^2), c_in = 1 / sqrt(s^2 + d^2),
+  c_out = s d / sqrt(s^2 + d^2) for data of standard deviation d (Tero Karras et al., "Elucidating the Design Space of
+  Diffusion-Based Generative Models", 2022, https://arxiv.org/abs/2206.00364, table 1). A backbone with a mask head
+  returns mask * input, so c_out is 1 / c_in there and the mask acts on x itself.
+
+B items, N samples, K sources.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from audiosep.schedules import Schedule
+
+
+class Denoiser(Protocol):
+    """What a sampler needs of a prior."""
+
+    schedule: Schedule
+
+    def denoise(self, x_t: Tensor, t: Tensor, label: Tensor | None = None, schedule: Schedule | None = None) -> Tensor:
+        """Return E[x_0 | x_t] (B, N) for x_t (B, N) at steps t (B,) of `schedule`."""
+        ...
+
+
+class Prior(nn.Module):
+    """A backbone with its schedule and the facts a separator needs.
+
+    Args:
+        backbone: module (x_t (B, N), t (B,), label (B,) or None) -> (B, N).
+        schedule: the noise levels that it was trained on.
+        sample_rate: in Hz.
+        classes: names of the labels 0, 1, ...; the null class (label None) carries the name `kind`.
+        level: RMS of its training signals in dBFS.
+        kind: name of what it models: "speech", "sound".
+        parameterization: "eps" or "edm", see the module's text.
+        label_dropout: how often `loss` replaces a label by the null class.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        schedule: Schedule,
+        *,
+        sample_rate: int = 16000,
+        classes: Sequence[str] = (),
+        level: float = -22.5,
+        kind: str = "sound",
+        parameterization: str = "eps",
+        label_dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        if parameterization not in ("eps", "edm"):
+            raise ValueError(f"parameterization is 'eps' or 'edm', not {parameterization!r}")
+        self.backbone, self.schedule = backbone, schedule
+        self.sample_rate, self.classes, self.level = sample_rate, tuple(classes), level
+        self.kind, self.parameterization = kind, parameterization
+        self.label_dropout = label_dropout
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Constructor arguments as plain data; `backbone` and `schedule` are the parts' own `config`."""
+        return {
+            "backbone": self.backbone.config,
+            "schedule": self.schedule.config,
+            "sample_rate": self.sample_rate,
+            "classes": list(self.classes),
+            "level": self.level,
+            "kind": self.kind,
+            "parameterization": self.parameterization,
+        }
+
+    @property
+    def sigma_data(self) -> float:
+        """Standard deviation of the training signals."""
+        return 10 ** (self.level / 20)
+
+    def denoise(self, x_t: Tensor, t: Tensor, label: Tensor | None = None, schedule: Schedule | None = None) -> Tensor:
+        """Expected clean signal given a noisy one.
+
+        Args:
+            x_t: (B, N) at the prior's rate and level.
+            t: (B,) steps of `schedule`, fractions allowed.
+            label: (B,) class numbers; None is the null class.
+            schedule: where t counts; None is the prior's own.
+
+        Returns:
+            E[x_0 | x_t], (B, N).
+        """
+        asked = schedule or self.schedule
+        ratio = asked.ratio_at(t)
+        noisy = x_t / asked.alpha_of(ratio).to(x_t)[:, None]
+        own = t if schedule is None else self.schedule.step_at(ratio)
+        return self._denoise(noisy, ratio.to(x_t), own.to(x_t), label)
+
+    def _denoise(self, noisy: Tensor, ratio: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
+        """E[x_0 | noisy] for noisy = x_0 + ratio * eps; t is the step of the prior's own schedule."""
+        s = ratio[:, None]
+        if self.parameterization == "eps":
+            alpha = self.schedule.alpha_of(s)
+            return noisy - s * self.backbone(noisy * alpha, t, label)
+        skip, c_in, c_out = self._coefficients(s)
+        return skip * noisy + c_out * self.backbone(c_in * noisy, t, label)
+
+    def _coefficients(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        total = s.square() + self.sigma_data**2
+        c_in = total.rsqrt()
+        masks = getattr(self.backbone, "head", "direct") == "mask"
+        c_out = 1 / c_in if masks else s * self.sigma_data * c_in
+        return self.sigma_data**2 / total, c_in, c_out
+
+    def loss(self, batch: dict[str, Tensor], generator: torch.Generator | None = None) -> Tensor:
+        """Denoising loss per item at random levels; 1 is what the best linear denoiser of flat noise reaches.
+
+        Args:
+            batch: "wave" (B, N) at the prior's level and, if the prior has classes, "label" (B,).
+            generator: source of the noise, the levels and the label dropout.
+
+        Returns:
+            (B,), mean over samples of |E[x_0 | x_t] - x_0|^2 (s^2 + d^2) / (s d)^2 ("edm"), of |eps_hat - eps|^2 ("eps").
+        """
+        wave = batch["wave"]
+        draw = torch.rand(2, len(wave), generator=generator, device=wave.device)
+        t = draw[0] * (len(self.schedule) - 1)
+        if self.parameterization == "eps":
+            t = t.round()
+        return self.loss_at(batch, t, draw[1] < self.label_dropout, generator)
+
+    def loss_at(
+        self,
+        batch: dict[str, Tensor],
+        t: Tensor,
+        drop: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """The loss at given steps t (B,); `drop` (B,) marks the items whose label becomes the null class."""
+        wave, label = batch["wave"], batch.get("label")
+        if label is not None and drop is not None:
+            label = torch.where(drop, self.backbone.num_classes, label)
+        s = self.schedule.ratio_at(t).to(wave)
+        noise = torch.randn(wave.shape, generator=generator, device=wave.device, dtype=wave.dtype)
+        estimate = self._denoise(wave + s[:, None] * noise, s, t.to(wave), label)
+        error = (estimate - wave).square().mean(-1)
+        if self.parameterization == "eps":
+            return error / s**2
+        return error * (s**2 + self.sigma_data**2) / (s * self.sigma_data) ** 2
+
+
+class JointPrior:
+    """Independent priors of K sources, asked together: sources of the same prior share one batch.
+
+    Args:
+        sources: one (prior, class number or None for the null class) per source.
+    """
+
+    def __init__(self, sources: Sequence[tuple[Denoiser, int | None]]) -> None:
+        self.sources = list(sources)
+        groups: dict[int, list[int]] = {}
+        for k, (prior, _) in enumerate(self.sources):
+            groups.setdefault(id(prior), []).append(k)
+        self.groups = list(groups.values())
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def denoise(self, x_t: Tensor, t: float, schedule: Schedule) -> Tensor:
+        """E[x_0 | x_t] (B, K, N) of all sources (B, K, N) at step t of `schedule`."""
+        estimates: list[Tensor] = [x_t] * len(self)
+        for members in self.groups:
+            batch = x_t[:, members].flatten(0, 1)
+            steps = torch.full((len(batch),), t, dtype=torch.float64)
+            label = self._label(members, len(x_t), x_t.device)
+            joint = self.sources[members[0]][0].denoise(batch, steps, label, schedule)
+            for k, estimate in zip(members, joint.unflatten(0, (-1, len(members))).unbind(1)):
+                estimates[k] = estimate
+        return torch.stack(estimates, 1)
+
+    def _label(self, members: list[int], batch: int, device: torch.device) -> Tensor | None:
+        labels = [self.sources[k][1] for k in members]
+        if all(label is None for label in labels):
+            return None
+        prior = self.sources[members[0]][0]
+        null = getattr(getattr(prior, "backbone", None), "num_classes", 0)
+        row = [null if label is None else label for label in labels]
+        return torch.tensor(row * batch).to(device, non_blocking=True)
+
+
+class GaussianPrior:
+    """A stationary Gaussian source of known power spectrum: every answer is exact, so samplers are tested on it.
+
+    E[x_0 | x_t] = alpha S / (alpha^2 S + sigma^2) x_t per FFT bin, where S is the variance of a unitary-FFT bin.
+
+    Args:
+        spectrum: (N // 2 + 1,) variance per bin of a signal of N samples; its mean over all N bins is the signal's power.
+        schedule: the steps that `denoise` counts in by default.
+    """
+
+    def __init__(self, spectrum: Tensor, schedule: Schedule, sample_rate: int = 16000) -> None:
+        self.spectrum, self.schedule, self.sample_rate = spectrum, schedule, sample_rate
+
+    def denoise(self, x_t: Tensor, t: Tensor, label: Tensor | None = None, schedule: Schedule | None = None) -> Tensor:
+        """Exact E[x_0 | x_t], (B, N)."""
+        asked = schedule or self.schedule
+        ratio = asked.ratio_at(t)
+        alpha = asked.alpha_of(ratio).to(x_t)[:, None]
+        spectrum = self.spectrum.to(x_t)
+        gain = spectrum / (spectrum + ratio.to(x_t)[:, None] ** 2)
+        return torch.fft.irfft(gain * torch.fft.rfft(x_t / alpha), n=x_t.shape[-1])

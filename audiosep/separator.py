@@ -1,0 +1,639 @@
+"""Separate recordings of any rate, level, channel count and length with source priors.
+
+Level, rate and shape are set at this door and undone behind it: a segment is resampled to the priors' rate, every channel
+scaled to the level that a mixture of K training signals has, separated, and scaled and resampled back. At the input's own
+rate the residual, the band above the priors' Nyquist frequency included, is shared out, so that the stems add up to the
+recording.
+
+K sources, C channels, T samples.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from audiosep import __version__, audio, hub
+from audiosep.errors import AudiosepError, UsageError
+from audiosep.longform import Aligner, OverlapAdd, count_segments, cosine, cut, match
+from audiosep.mixing import project, residual
+from audiosep.prior import JointPrior, Prior
+from audiosep.samplers import PRESETS, Noise, build
+
+log = logging.getLogger(__name__)
+
+Array = TypeVar("Array", np.ndarray, Tensor)
+Progress = Callable[[int, int | None, str], None]
+
+SEGMENT = 4.0  # seconds; what the published priors were trained on
+SILENCE = 1e-7  # RMS under which a channel counts as digital silence (-140 dBFS)
+INACTIVE = -40.0  # dB under the mixture at which a stem is flagged as inactive
+SELF_NOISE = (
+    0.02,
+    0.05,
+    0.1,
+    0.2,
+)  # noise levels at which a sample's likelihood under its prior is measured
+
+
+@dataclass
+class Separation:
+    """What a separator returns.
+
+    Attributes:
+        sources: name -> array of the input's kind, (C, T). With several samples, their mean.
+        sample_rate: the input's, in Hz.
+        residual: the input minus the sum of the sources, (C, T).
+        report: what was run and how it went, plain data.
+        best: with several samples, the likeliest of them.
+        spread: with several samples, their standard deviation per sample.
+    """
+
+    sources: dict[str, Any]
+    sample_rate: int
+    residual: Any
+    report: dict[str, Any]
+    best: dict[str, Any] = field(default_factory=dict)
+    spread: dict[str, Any] = field(default_factory=dict)
+
+
+class Separates(Protocol):
+    """Anything that separates: diffusion separators, supervised networks, classical baselines."""
+
+    sample_rate: int
+
+    def __call__(self, wave: Any, sample_rate: int, sources: Sequence[str] | None = None) -> Separation:
+        """Separate wave (C, T) at `sample_rate` into the named sources."""
+        ...
+
+
+@dataclass(frozen=True)
+class Source:
+    """One source to find: its stem's name, the key of its prior, its class number (None: the null class)."""
+
+    name: str
+    prior: str
+    label: int | None
+
+
+class Separator:
+    """Separation by posterior sampling under pretrained source priors.
+
+    Args:
+        priors: name -> prior; all of one sample rate.
+        preset: "default", "published" or "paper", see `audiosep.samplers`.
+        sampler: "hybrid", "dsg", "dps", "analytical", "mmps"; None is the preset's own.
+        steps: network evaluations per source; None is the preset's own number.
+        segment: seconds separated at a time; None is 4.
+        overlap: fraction of a segment shared with the next, 0..0.5.
+        samples: posterior samples; above one the stems are their mean.
+        seed: of the noise; the same seed gives the same stems on every machine.
+        consistent: share the residual out, so that the stems add up to the recording.
+        batch: segments separated together; None is 1 on a CPU, 16 elsewhere, halved when memory runs out.
+        dtype: "auto" (bfloat16 on CUDA, else float32), "float32", "bfloat16" or "float16", for the networks.
+    """
+
+    def __init__(
+        self,
+        priors: Mapping[str, Prior],
+        *,
+        preset: str = "default",
+        sampler: str | None = None,
+        steps: int | None = None,
+        segment: float | None = None,
+        overlap: float = 0.25,
+        samples: int = 1,
+        seed: int = 0,
+        consistent: bool = True,
+        batch: int | None = None,
+        dtype: str = "auto",
+        device: str | torch.device = "cpu",
+    ) -> None:
+        if not priors:
+            raise UsageError("a separator needs at least one prior")
+        rates = {name: prior.sample_rate for name, prior in priors.items()}
+        if len(set(rates.values())) > 1:
+            raise UsageError(f"priors of one separator must share a sample rate, got {rates}")
+        if not 0 <= overlap <= 0.5:
+            raise UsageError(f"overlap must lie in 0..0.5 of a segment, got {overlap}")
+        if segment is not None and segment < 0.1:
+            raise UsageError(f"segment must be at least 0.1 s, got {segment} s")
+        if samples < 1:
+            raise UsageError(f"samples must be at least 1, got {samples}")
+        self.device = torch.device(device)
+        self.priors = {name: prior.to(self.device).eval() for name, prior in priors.items()}
+        for prior in self.priors.values():
+            prior.requires_grad_(False)
+        self.sample_rate = next(iter(rates.values()))
+        self.preset, self.sampler, self.steps = preset, sampler, steps
+        self.segment, self.overlap = segment or SEGMENT, overlap
+        self.samples, self.seed, self.consistent = samples, seed, consistent
+        self.batch = batch or (1 if self.device.type == "cpu" else 16)
+        self.dtype = choose_dtype(dtype, self.device)
+        self._sampler(self.resolve(None))  # wrong options are refused here, not after minutes of work
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        names: str | Sequence[str] = "speech,sound",
+        device: str | torch.device = "auto",
+        **options: Any,
+    ) -> Separator:
+        """Load priors by name, folder or Hub id (a list, or one string with commas) and build a separator."""
+        device = choose_device(device)
+        names = names.split(",") if isinstance(names, str) else list(names)
+        keys = [Path(name).name.split("@")[0] if "/" in name else name for name in names]
+        priors = {key: hub.load_prior(name) for key, name in zip(keys, names)}
+        return cls(priors, device=device, **options)
+
+    # What to find ---------------------------------------------------------------------------------
+
+    def source_names(self, sources: Sequence[str] | None = None) -> list[str]:
+        """Names of the stems that `sources` gives."""
+        return [source.name for source in self.resolve(sources)]
+
+    def resolve(self, sources: Sequence[str] | None) -> list[Source]:
+        """Look source names up: class names of the priors, or a prior's own name for its null class.
+
+        Raises:
+            UsageError: a name is unknown, or belongs to several priors ("prior:name" says which).
+        """
+        if isinstance(sources, str):
+            sources = sources.split(",")
+        if sources is None:
+            sources = list(self.priors)
+        if not sources:
+            raise UsageError("no source named; leave `sources` out for one per prior")
+        found = [self._find(name.strip()) for name in sources]
+        counts = {source.name: 0 for source in found}
+        totals = {name: sum(source.name == name for source in found) for name in counts}
+        numbered = []
+        for source in found:
+            counts[source.name] += 1
+            suffix = f"_{counts[source.name]}" if totals[source.name] > 1 else ""
+            numbered.append(Source(source.name + suffix, source.prior, source.label))
+        return numbered
+
+    def _find(self, name: str) -> Source:
+        wanted, _, narrowed = name.casefold().rpartition(":")[::-1]
+        hits = []
+        for key, prior in self.priors.items():
+            if narrowed and narrowed != key.casefold():
+                continue
+            if wanted in (key.casefold(), prior.kind.casefold()):
+                hits.append(Source(key.lower(), key, None))
+            hits += [
+                Source(label.lower(), key, i) for i, label in enumerate(prior.classes) if label.casefold() == wanted
+            ]
+        if len(hits) == 1:
+            return hits[0]
+        if hits:
+            choices = ", ".join(f"{hit.prior}:{name}" for hit in hits)
+            raise UsageError(f"source {name!r} is ambiguous; say which: {choices}")
+        known = [f"{key} ({', '.join(prior.classes)})" if prior.classes else key for key, prior in self.priors.items()]
+        raise UsageError(f"unknown source {name!r}; the loaded priors know: {'; '.join(known)}")
+
+    # Separation -----------------------------------------------------------------------------------
+
+    def __call__(
+        self,
+        wave: Array,
+        sample_rate: int,
+        sources: Sequence[str] | None = None,
+        progress: Progress | None = None,
+    ) -> Separation:
+        """Separate a recording in memory.
+
+        Args:
+            wave: (C, T) or (T,), torch or numpy, full scale 1.
+            sample_rate: of `wave`, in Hz.
+            sources: names to find; None is one per prior.
+            progress: called with (steps done, steps in all, what is done).
+
+        Returns:
+            Arrays of the input's kind, shape, type and device.
+
+        Raises:
+            UsageError: the array is empty, not finite, of a wrong shape; a name is unknown.
+        """
+        array = wave.detach().cpu().numpy() if isinstance(wave, Tensor) else np.asarray(wave)
+        if array.ndim not in (1, 2) or array.size == 0:
+            raise UsageError(f"wave must be (channels, time) with samples in it, got shape {array.shape}")
+        if not np.isfinite(array).all():
+            raise UsageError("wave holds NaN or infinite samples; repair the recording first")
+        wanted = self.resolve(sources)
+        job = Job(self, wanted, sample_rate, array.shape[-1], progress)
+        pieces = list(job.run([np.atleast_2d(array)]))
+
+        def back(stems: Tensor) -> Any:
+            joined = stems.numpy().reshape(*stems.shape[:1], *array.shape)
+            if isinstance(wave, Tensor):
+                return torch.from_numpy(joined).to(wave)
+            return joined.astype(array.dtype if array.dtype.kind == "f" else np.float32)
+
+        stems = torch.cat([piece.stems for piece in pieces], -1)
+        rest = torch.from_numpy(np.atleast_2d(array)).double() - stems.sum(0)
+        result = Separation(
+            sources=dict(zip(job.names, back(stems))),
+            sample_rate=sample_rate,
+            residual=back(rest[None])[0],
+            report=job.report(),
+        )
+        if self.samples > 1:
+            result.best = dict(zip(job.names, back(torch.cat([p.best for p in pieces], -1))))
+            result.spread = dict(zip(job.names, back(torch.cat([p.spread for p in pieces], -1))))
+        return result
+
+    def separate_file(
+        self,
+        path: str | Path,
+        out: str | Path | Callable[[str], Path | str],
+        sources: Sequence[str] | None = None,
+        *,
+        format: str | None = None,
+        subtype: str | None = None,
+        residual: bool = False,
+        progress: Progress | None = None,
+    ) -> dict[str, Any]:
+        """Separate a file piece by piece; memory does not grow with its length.
+
+        Args:
+            path: the recording, "-" for standard input.
+            out: folder for `<stem>.<format>`, or a function from stem name to path.
+            sources: names to find; None is one per prior.
+            format: of the stems: "wav", "flac", ...; None is wav.
+            subtype: of the samples: "PCM_16", "FLOAT", ...; None is the input's where the format has it.
+            residual: leave the stems as they were estimated and write what completes the sum as `residual`.
+            progress: called with (steps done, steps in all, what is done).
+
+        Returns:
+            The report, with the paths written under "files".
+
+        Raises:
+            AudioError: the input can't be read or an output can't be written; nothing is left under a final name.
+        """
+        wanted = self.resolve(sources)
+        suffix = (format or "wav").lower()
+        place = out if callable(out) else lambda stem: Path(out) / f"{stem}.{suffix}"
+        with audio.open_reader(path) as reader, contextlib.ExitStack() as stack:
+            info = reader.info
+            job = Job(self, wanted, info.sample_rate, info.frames, progress, share=not residual)
+            extra = [f"{name}_best" for name in job.names] if self.samples > 1 else []
+            names = [*job.names, *extra, *(["residual"] if residual else [])]
+            paths = {name: place(name) for name in names}
+            # All outputs are opened before the work starts, so that what can't be written is known at once.
+            writers = {
+                name: stack.enter_context(
+                    audio.Writer(
+                        target,
+                        info.sample_rate,
+                        info.channels,
+                        format=format,
+                        subtype=subtype or info.subtype,
+                    )
+                )
+                for name, target in paths.items()
+            }
+            for piece in job.run(reader.blocks(info.sample_rate)):
+                for name, stem in zip(job.names, piece.stems):
+                    writers[name].write(stem.numpy())
+                for name, stem in zip(extra, piece.best):
+                    writers[name].write(stem.numpy())
+                if residual:
+                    writers["residual"].write((piece.mixture - piece.stems.sum(0)).numpy())
+        report = job.report()
+        report["input"] = {"path": str(path), "subtype": info.subtype, **report["input"]}
+        report["files"] = {name: str(target) for name, target in paths.items()}
+        report["clipped_samples"] = {name: writer.clipped for name, writer in writers.items()}
+        return report
+
+    def _sampler(self, sources: Sequence[Source]) -> Any:
+        joint = JointPrior([(self.priors[source.prior], source.label) for source in sources])
+        return build(joint, self.sampler, self.preset, self.steps)
+
+
+@dataclass
+class Piece:
+    """Finished samples: mixture (C, n), stems, best and spread (K, C, n), float64 on the CPU."""
+
+    mixture: Tensor
+    stems: Tensor
+    best: Tensor
+    spread: Tensor
+
+
+class Job:
+    """One recording on its way through a separator, and what is to be reported of it."""
+
+    def __init__(
+        self,
+        separator: Separator,
+        sources: Sequence[Source],
+        sample_rate: int,
+        frames: int | None,
+        progress: Progress | None,
+        share: bool = True,
+    ) -> None:
+        self.separator, self.sources = separator, sources
+        self.names = [source.name for source in sources]
+        self.sampler = separator._sampler(sources)
+        self.sample_rate, self.share = sample_rate, share and separator.consistent
+        self.batch = separator.batch
+        # Segments start on a grid that both sample rates share.
+        unit = sample_rate // math.gcd(sample_rate, separator.sample_rate)
+        self.segment = unit * max(1, round(separator.segment * sample_rate / unit))
+        self.hop = max(unit, unit * round(self.segment / unit * (1 - separator.overlap)))
+        self.steps = len(self.sampler.times)
+        self.progress, self.done = progress, 0
+        segments = None if frames is None else count_segments(frames, self.segment, self.hop)
+        self.total = None if segments is None else segments * self.steps * separator.samples
+        groups: dict[tuple[str, int | None], list[int]] = {}
+        for k, source in enumerate(sources):
+            groups.setdefault((source.prior, source.label), []).append(k)
+        self.groups = [members for members in groups.values() if len(members) > 1]
+        self.aligner = Aligner(self.groups, self.segment - self.hop)
+        self.segments = self.frames = self.channels = self.silent = 0
+        self.energy = torch.zeros(len(sources), dtype=torch.float64)
+        self.mixture_energy = self.residual_energy = 0.0
+        self.spread_energy = torch.zeros(len(sources), dtype=torch.float64)
+        self.started = time.perf_counter()
+        self.seconds = 0.0
+
+    def run(self, blocks: Iterable[np.ndarray]) -> Iterator[Piece]:
+        """Separate a stream of blocks (C, n)."""
+        size = self.segment, self.hop
+        adders = [OverlapAdd(*size) for _ in range(4)]
+        for batch in self._batches(cut(blocks, *size)):
+            for piece, (_, last) in zip(self._separate([wave for wave, _ in batch]), batch):
+                order = self.aligner.align(torch.cat((piece.stems, piece.best, piece.spread), 1))
+                parts = list(order.split(piece.stems.shape[1], dim=1))
+                mixture, *done = [adder.add(part, last) for adder, part in zip(adders, [piece.mixture[None], *parts])]
+                yield self._finish(Piece(mixture[0], *done))
+        self.seconds = time.perf_counter() - self.started
+
+    def _batches(self, segments: Iterable[tuple[np.ndarray, bool]]) -> Iterator[list[tuple[np.ndarray, bool]]]:
+        """Collect segments of one length, at most `batch` at a time."""
+        held: list[tuple[np.ndarray, bool]] = []
+        for segment in segments:
+            if held and segment[0].shape != held[0][0].shape:
+                yield held
+                held = []
+            held.append(segment)
+            if len(held) >= self.batch:
+                yield held
+                held = []
+        if held:
+            yield held
+
+    def _separate(self, waves: list[np.ndarray]) -> list[Piece]:
+        """Separate segments (C, n) of one length; when memory runs out, in smaller batches."""
+        try:
+            return self._attempt(waves)
+        except torch.OutOfMemoryError:
+            if len(waves) == 1:
+                raise AudiosepError(
+                    f"out of memory on {self.separator.device} with a single segment of "
+                    f"{self.separator.segment:g} s; use a shorter --segment or --device cpu"
+                ) from None
+            torch.cuda.empty_cache()
+            self.batch = max(1, len(waves) // 2)
+            log.warning("out of memory: going on with %d segments at a time", self.batch)
+        middle = len(waves) // 2
+        return self._separate(waves[:middle]) + self._separate(waves[middle:])
+
+    def _attempt(self, waves: list[np.ndarray]) -> list[Piece]:
+        separator = self.separator
+        native = torch.from_numpy(np.stack(waves)).float()  # (S, C, n)
+        low = np.stack([audio.resample(w, self.sample_rate, separator.sample_rate) for w in waves])
+        y = torch.from_numpy(low).float()
+        estimates, scores = self._draw(y)  # (samples, S, K, C, N), (samples, S)
+        pieces = []
+        for s, mixture in enumerate(native):
+            drawn = [self._restore(mixture, sample) for sample in estimates[:, s]]
+            drawn = [drawn[0], *(self._as_first(drawn[0], other) for other in drawn[1:])]
+            stack = torch.stack(drawn)
+            pieces.append(
+                Piece(
+                    mixture.double(),
+                    stack.mean(0),
+                    stack[scores[:, s].argmax()],
+                    stack.std(0, correction=0),
+                )
+            )
+        self.segments += len(waves)
+        return pieces
+
+    def _draw(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Sources at the priors' rate (samples, S, K, C, N) for mixtures y (S, C, N), and their scores (samples, S)."""
+        separator, sampler = self.separator, self.sampler
+        count, channels, length = y.shape
+        rows = y.flatten(0, 1).to(separator.device)  # (S * C, N)
+        level = np.mean([10 ** (separator.priors[s.prior].level / 20) for s in self.sources])
+        rms = rows.square().mean(-1, keepdim=True).sqrt()
+        gain = level * len(self.sources) ** 0.5 / rms.clamp(min=SILENCE)
+        silent = rms < SILENCE
+        self.silent += int(silent.all())
+        drawn, scores = [], []
+        for sample in range(separator.samples):
+            # The channels of a segment share their noise, so that identical channels give identical stems.
+            seeds = [mix_seed(separator.seed, self.segments + i // channels, sample) for i in range(len(rows))]
+            x = self._run_sampler(rows * gain, Noise(seeds), count)
+            if separator.samples > 1:
+                score = self._log_likelihood(x).view(count, channels).mean(1)
+            else:
+                score = torch.zeros(count)
+            sources = torch.where(silent[..., None], 0.0, x / gain[..., None])
+            sources = sources.view(count, channels, len(self.sources), length).transpose(1, 2)
+            drawn.append(sources.cpu())
+            scores.append(score.cpu())
+        return torch.stack(drawn), torch.stack(scores)
+
+    def _run_sampler(self, y: Tensor, noise: Noise, count: int) -> Tensor:
+        x = y[:, None]
+        with self._precision():
+            for state in self.sampler(y, noise):
+                x = state.x
+                self.done += count
+                if self.progress is not None:
+                    self.progress(self.done, self.total, f"step {state.step}/{state.steps}")
+        return x.float()
+
+    def _precision(self) -> contextlib.AbstractContextManager[Any]:
+        if self.separator.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.separator.device.type, self.separator.dtype)
+
+    @torch.no_grad()
+    def _log_likelihood(self, x: Tensor) -> Tensor:
+        """How well sources x (B, K, N) fit their priors (B,): minus the denoising error at a few noise levels.
+
+        The error, in units of the noise, is the integrand of the diffusion model's bound on -log p(x).
+        """
+        total = torch.zeros(len(x), device=x.device)
+        schedule = next(iter(self.separator.priors.values())).schedule
+        for ratio in SELF_NOISE:
+            t = schedule.step_at(torch.tensor(ratio, dtype=torch.float64))
+            actual = schedule.ratio_at(t)
+            noise = Noise([0] * len(x))(len(self.sources), x)
+            noisy = schedule.alpha_of(actual).item() * (x + actual.item() * noise)
+            with self._precision():
+                estimate = self.sampler.prior.denoise(noisy, t.item(), schedule)
+            total -= (estimate.float() - x).square().mean((1, 2)) / actual.item() ** 2
+        return total
+
+    def _restore(self, mixture: Tensor, sources: Tensor) -> Tensor:
+        """Bring sources (K, C, N) to the mixture's rate and length and, by default, onto the mixture (C, n)."""
+        rate, length = self.separator.sample_rate, mixture.shape[-1]
+        flat = audio.resample(sources.flatten(0, 1).numpy(), rate, self.sample_rate)
+        high = torch.from_numpy(fit(flat, length)).view(*sources.shape[:2], length).double()
+        # Two speakers may come out in another order in the right channel: the first one's order holds.
+        for c in range(1, high.shape[1]):
+            high[:, c] = self._as_first(high[:, :1], high[:, c : c + 1])[:, 0]
+        if not self.share:
+            return high
+        n_fft = 4 * round(128 * self.sample_rate / rate)
+        known = min(1.0, 0.95 * rate / self.sample_rate)
+        return project(mixture.double(), high.transpose(0, 1), n_fft, n_fft // 4, known_band=known).transpose(0, 1)
+
+    def _as_first(self, first: Tensor, other: Tensor) -> Tensor:
+        """Reorder interchangeable sources of `other` (K, C, n) as they are in `first`."""
+        order = list(range(len(other)))
+        for group in self.groups:
+            best, _ = match(cosine(first[group].flatten(1), other[group].flatten(1)))
+            for stem, source in zip(group, best):
+                order[stem] = group[source]
+        return other[order]
+
+    def _finish(self, piece: Piece) -> Piece:
+        """Put what rounding left over into the loudest stem, and take the statistics."""
+        if self.share:
+            loudest = piece.stems.square().sum((1, 2)).argmax()
+            piece.stems[loudest] += piece.mixture - piece.stems.sum(0)
+        self.channels, self.frames = len(piece.mixture), self.frames + piece.mixture.shape[-1]
+        self.energy += piece.stems.square().sum((1, 2))
+        self.spread_energy += piece.spread.square().sum((1, 2))
+        self.mixture_energy += piece.mixture.square().sum().item()
+        self.residual_energy += residual(piece.mixture, piece.stems.transpose(0, 1)).square().sum().item()
+        return piece
+
+    def report(self) -> dict[str, Any]:
+        """What was run and how it went, plain data (JSON)."""
+        separator, size = self.separator, max(self.frames * self.channels, 1)
+        duration = self.frames / self.sample_rate
+        mixture_level = decibel(self.mixture_energy / size)
+        sources = {}
+        for k, source in enumerate(self.sources):
+            level = decibel(self.energy[k].item() / size)
+            row: dict[str, Any] = {
+                "prior": source.prior,
+                "class": class_name(separator.priors[source.prior], source.label),
+                "level_dbfs": round(level, 2),
+                "active": level > mixture_level + INACTIVE and self.mixture_energy > 0,
+            }
+            if separator.samples > 1:
+                spread = decibel(self.spread_energy[k].item() / size)
+                row["spread_db"] = round(spread - level, 2)
+            sources[source.name] = row
+        notes = []
+        if self.sample_rate > separator.sample_rate:
+            notes.append(
+                f"the priors know the band up to {separator.sample_rate / 2:g} Hz; what lies above was shared out "
+                "by the stems' power just below"
+            )
+        if self.mixture_energy == 0:
+            notes.append("the input is silent, and so are the stems")
+        return {
+            "schema": 1,
+            "audiosep": __version__,
+            "input": {
+                "sample_rate": self.sample_rate,
+                "channels": self.channels,
+                "frames": self.frames,
+                "duration_s": round(duration, 4),
+                "level_dbfs": round(mixture_level, 2),
+            },
+            "models": {
+                name: {"name": name, **getattr(prior, "origin", {})} for name, prior in separator.priors.items()
+            },
+            "sampler": {
+                "name": separator.sampler or PRESETS[separator.preset],
+                "preset": separator.preset,
+                "steps": self.steps,
+                "samples": separator.samples,
+                "seed": separator.seed,
+            },
+            "device": str(separator.device),
+            "dtype": str(separator.dtype).removeprefix("torch."),
+            "segments": self.segments,
+            "segment_s": round(self.segment / self.sample_rate, 4),
+            "overlap_s": round((self.segment - self.hop) / self.sample_rate, 4),
+            "network_evaluations": self.segments * self.steps * separator.samples * len(self.sources),
+            "seconds": round(self.seconds, 3),
+            "real_time_factor": round(self.seconds / duration, 4) if duration else None,
+            "residual_db": round(decibel(self.residual_energy / size) - mixture_level, 2),
+            "alignment_margins": [round(margin, 4) for margin in self.aligner.margins],
+            "sources": sources,
+            "notes": notes,
+        }
+
+
+def class_name(prior: Prior, label: int | None) -> str | None:
+    """Name of a prior's class, None for its null class."""
+    return None if label is None else prior.classes[label]
+
+
+def decibel(power: float) -> float:
+    """Power in dB, at least -300."""
+    return 10 * math.log10(max(power, 1e-30))
+
+
+def fit(wave: np.ndarray, length: int) -> np.ndarray:
+    """Cut or zero-pad wave (..., n) to `length` samples."""
+    return np.pad(wave[..., :length], ((0, 0), (0, max(0, length - wave.shape[-1]))))
+
+
+def mix_seed(*numbers: int) -> int:
+    """One 63-bit seed from several numbers, the same on every machine."""
+    digest = hashlib.sha256(",".join(map(str, numbers)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def choose_device(name: str | torch.device) -> torch.device:
+    """The device for "auto", "cpu", "cuda", "cuda:1", "mps"; refused when this machine has none."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"unknown device {name!r}; use auto, cpu, cuda, cuda:N or mps") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(
+            f"device {name!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices; "
+            "run `audiosep doctor`, or use --device cpu"
+        )
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UsageError("device 'mps' is not there; use --device cpu")
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The networks' number type for "auto", "float32", "bfloat16", "float16"."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    types = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in types:
+        raise UsageError(f"unknown dtype {name!r}; use auto, {', '.join(types)}")
+    return types[name]
