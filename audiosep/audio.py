@@ -109,15 +109,11 @@ class Reader:
             finite = np.isfinite(block).all(axis=0)
             if not finite.all():
                 at = (done + int(np.argmin(finite))) / self.info.sample_rate
-                raise AudioError(
-                    f"{self._name}: holds NaN or infinite samples (first at {at:.3f} s); {_REMEDY}"
-                )
+                raise AudioError(f"{self._name}: holds NaN or infinite samples (first at {at:.3f} s); {_REMEDY}")
             done += block.shape[1]
             yield block
         if done < self.info.frames:
-            raise AudioError(
-                f"{self._name}: corrupt: ends after {done} of {self.info.frames} samples; {_REMEDY}"
-            )
+            raise AudioError(f"{self._name}: corrupt: ends after {done} of {self.info.frames} samples; {_REMEDY}")
 
     def close(self) -> None:
         """Remove the temporary copy of stdin, if there is one."""
@@ -196,9 +192,7 @@ class Writer:
             self.format = "RF64"
         self._partial = self._make_partial()
         try:
-            self._file = sf.SoundFile(
-                str(self._partial), "w", sample_rate, channels, self.subtype, format=self.format
-            )
+            self._file = sf.SoundFile(str(self._partial), "w", sample_rate, channels, self.subtype, format=self.format)
         except (sf.SoundFileError, TypeError, ValueError) as error:
             self.discard()
             detail = str(error).rpartition(": ")[2].rstrip(".")
@@ -227,9 +221,7 @@ class Writer:
             data = self._quantised(block[:, start : start + BLOCK]).T
             self.frames += len(data)
             if self.format == "WAV" and self.frames * self._bytes_per_frame > _WAV_LIMIT:
-                raise AudioError(
-                    f"{self.name}: a WAV file ends at 4 GiB; choose --format rf64 or flac"
-                )
+                raise AudioError(f"{self.name}: a WAV file ends at 4 GiB; choose --format rf64 or flac")
             try:
                 self._file.write(data)
             except (sf.SoundFileError, OSError, AssertionError):
@@ -287,9 +279,7 @@ class Writer:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: object, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, value: object, trace: TracebackType | None) -> None:
         if kind is None:
             self.close()
         else:
@@ -323,9 +313,7 @@ def check_format(format: str, subtype: str | None = None) -> tuple[str, str]:
         raise UsageError(f"subtype {subtype!r} does not go with opus")
     if not sf.check_format(name, chosen):
         valid = ", ".join(s for s in sf.available_subtypes(name) if s in _INTEGER_BITS | _FLOATS)
-        raise UsageError(
-            f"subtype {subtype!r} does not go with {ext}; choose from {valid or default}"
-        )
+        raise UsageError(f"subtype {subtype!r} does not go with {ext}; choose from {valid or default}")
     return name, chosen
 
 

@@ -65,9 +65,7 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[
-        bool, typer.Option("--version", help="Show the version.", callback=_show_version)
-    ] = False,
+    version: Annotated[bool, typer.Option("--version", help="Show the version.", callback=_show_version)] = False,
 ) -> None:
     """Separate a recording into its sources, with diffusion models of single sources as priors."""
 
@@ -78,26 +76,16 @@ def _device(value: str) -> str:
     return value
 
 
-Models = Annotated[
-    str, typer.Option("-n", "--model", help="Checkpoint names or folders, comma-separated.")
-]
-Device = Annotated[
-    str, typer.Option("-d", "--device", help="auto, cpu, cuda, cuda:N or mps.", callback=_device)
-]
-Steps = Annotated[
-    int | None, typer.Option(min=1, help="Steps of the sampler.  [default: the preset's]")
-]
+Models = Annotated[str, typer.Option("-n", "--model", help="Checkpoint names or folders, comma-separated.")]
+Device = Annotated[str, typer.Option("-d", "--device", help="auto, cpu, cuda, cuda:N or mps.", callback=_device)]
+Steps = Annotated[int | None, typer.Option(min=1, help="Steps of the sampler.  [default: the preset's]")]
 PresetOption = Annotated[
     Preset,
     typer.Option(help="Sampler settings: ours, or those of the method's code, or of its text."),
 ]
-SamplerOption = Annotated[
-    Sampler | None, typer.Option(help="How the mixture guides.  [default: the preset's]")
-]
+SamplerOption = Annotated[Sampler | None, typer.Option(help="How the mixture guides.  [default: the preset's]")]
 AsJson = Annotated[bool, typer.Option("--json", help="Results as JSON on stdout.")]
-Verbose = Annotated[
-    bool, typer.Option("-v", "--verbose", help="Say more; show where an error arose.")
-]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Say more; show where an error arose.")]
 
 
 @app.command()
@@ -129,45 +117,29 @@ def separate(
         float | None,
         typer.Option(min=0.1, help="Seconds separated at once.  [default: the priors']"),
     ] = None,
-    overlap: Annotated[
-        float, typer.Option(min=0.0, max=0.9, help="Share of a segment that overlaps the next.")
-    ] = 0.25,
+    overlap: Annotated[float, typer.Option(min=0.0, max=0.5, help="Share of a segment that overlaps the next.")] = 0.25,
     steps: Steps = None,
     sampler: SamplerOption = None,
     preset: PresetOption = Preset.default,
-    samples: Annotated[
-        int, typer.Option(min=1, help="Posterior samples to draw; more give a mean and a spread.")
-    ] = 1,
+    samples: Annotated[int, typer.Option(min=1, help="Posterior samples to draw; more give a mean and a spread.")] = 1,
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same stems.")] = 0,
     dtype: Annotated[Dtype, typer.Option(help="Number format of the network.")] = Dtype.auto,
-    format: Annotated[
-        str, typer.Option(help="Format of the stems: wav, flac, ogg, opus, mp3, aiff, w64, ...")
-    ] = "wav",
+    format: Annotated[str, typer.Option(help="Format of the stems: wav, flac, ogg, opus, mp3, aiff, w64, ...")] = "wav",
     subtype: Annotated[
         str | None,
         typer.Option(help="Word of the stems: pcm_16, pcm_24, float, ...  [default: the input's]"),
     ] = None,
-    filename: Annotated[
-        str, typer.Option(help="Where a stem goes, below OUT/MODEL.")
-    ] = "{track}/{stem}.{ext}",
+    filename: Annotated[str, typer.Option(help="Where a stem goes, below OUT/MODEL.")] = "{track}/{stem}.{ext}",
     residual: Annotated[
         bool,
-        typer.Option(
-            "--residual", help="Leave the stems unprojected; write what is left to residual."
-        ),
+        typer.Option("--residual", help="Leave the stems unprojected; write what is left to residual."),
     ] = False,
-    report: Annotated[
-        bool, typer.Option("--report", help="Also a page with spectrograms and players.")
-    ] = False,
+    report: Annotated[bool, typer.Option("--report", help="Also a page with spectrograms and players.")] = False,
     skip_existing: Annotated[
         bool, typer.Option("--skip-existing", help="Leave out recordings whose stems exist.")
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace stems that exist.")] = (
-        False
-    ),
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what would be written, and stop.")
-    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace stems that exist.")] = (False),
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be written, and stop.")] = False,
     jobs: Annotated[int, typer.Option("-j", "--jobs", min=1, help="Recordings at a time.")] = 1,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Errors only.")] = False,
     verbose: Verbose = False,
@@ -241,15 +213,14 @@ def _show_result(result: Result, shown: Display, *, as_json: bool, quiet: bool) 
     """One JSON line, or the path of each stem on a line; an error goes to stderr."""
     if result.error:
         shown.error(f"error: {result.error}")
-    for warning in result.warnings:
-        shown.note(f"{result.input}: {warning}")
+    for note in result.notes:
+        shown.note(f"{result.input}: {note}")
     if as_json:
         fields = {key: value for key, value in vars(result).items() if value is not None}
         shown.result(json.dumps(fields))
     elif not quiet and result.status != "failed":
-        note = {"skipped": "exists, skipped", "planned": "would be separated"}.get(result.status)
-        if note:
-            shown.note(f"{result.input}: {note}")
+        if result.status != "done":
+            shown.note(f"{result.input}: {'exists, skipped' if result.status == 'skipped' else 'would be separated'}")
         paths = [*result.stems.values(), *([result.page] if result.page else [])]
         for path in paths:
             shown.result(path)
@@ -263,39 +234,47 @@ def evaluate(
     count: Annotated[int, typer.Option(min=1, help="Mixtures to separate.")] = 20,
     seed: Annotated[int, typer.Option(min=0, help="Chooses the mixtures and the noise.")] = 0,
     model: Models = DEFAULT_MODELS,
-    manifest: Annotated[
-        Path | None, typer.Option(help="manifest.csv of the recordings to mix.")
-    ] = None,
+    manifest: Annotated[Path, typer.Option(help="The recordings to mix, as a recipe's prepare.py lists them.")] = Path(
+        "data/open16k.csv"
+    ),
     preset: PresetOption = Preset.default,
     sampler: SamplerOption = None,
     steps: Steps = None,
     device: Device = "auto",
-    out: Annotated[
-        Path | None, typer.Option("-o", "--out", help="One JSON line per mixture, as it is scored.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="One JSON line per mixture, as it is scored.")] = None,
     verbose: Verbose = False,
+    as_json: AsJson = False,
 ) -> None:
     """Score separators on mixtures of a corpus.
 
     Prints the mean, the median and the interval of the scores.
     """
-    from audiosep.progress import Display
+    from audiosep.progress import display
 
-    with _errors(verbose, Display()), _logging(Display(), verbose=verbose):
+    shown = display("auto")
+    with _errors(verbose, shown), _logging(shown, verbose=verbose):
         from audiosep import evaluate as module
 
-        module.run(
-            manifest=manifest,
-            task=task,
-            count=count,
-            seed=seed,
-            models=_split(model),
-            out=out,
-            preset=preset.value,
-            sampler=sampler and sampler.value,
-            steps=steps,
-            device=device,
-        )
+        with shown:
+            summary = module.run(
+                manifest=manifest,
+                task=task,
+                count=count,
+                seed=seed,
+                models=model,
+                out=out,
+                progress=shown.file(task),
+                preset=preset.value,
+                sampler=sampler and sampler.value,
+                steps=steps,
+                device=device,
+            )
+        if as_json:
+            print(json.dumps(summary))
+            return
+        from rich.console import Console
+
+        Console().print(module.table([summary]))
 
 
 @models_app.command("list")
@@ -340,16 +319,12 @@ def models_info(
 
 @models_app.command("import")
 def models_import(
-    file: Annotated[
-        Path, typer.Argument(help="sound_source.pt or speech_source.pt, as published.")
-    ],
+    file: Annotated[Path, typer.Argument(help="sound_source.pt or speech_source.pt, as published.")],
     out: Annotated[
         Path | None,
         typer.Option("-o", "--out", help="The new checkpoint folder.  [default: FILE's name]"),
     ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a folder that exists.")
-    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that exists.")] = False,
     verbose: Verbose = False,
 ) -> None:
     """Turn a published checkpoint file into a checkpoint folder of ours."""

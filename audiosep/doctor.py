@@ -105,9 +105,7 @@ def _checkpoints() -> tuple[list[dict[str, str]], list[str]]:
     try:
         from audiosep import hub
 
-        found = [
-            {"name": str(c["name"]), "path": str(c.get("path", ""))} for c in hub.list_checkpoints()
-        ]
+        found = [{"name": str(c["name"]), "path": str(c.get("path", ""))} for c in hub.list_checkpoints()]
     except Exception as error:  # a doctor reports what others raise
         return [], [f"checkpoints can't be listed: {error}"]
     return found, [] if found else ["no checkpoints are here; see: audiosep models import --help"]

@@ -68,9 +68,7 @@ class _Paced(Display):
 
         return callback
 
-    def show(
-        self, name: str, done: int, total: int | None, left: float | None, message: str
-    ) -> None:
+    def show(self, name: str, done: int, total: int | None, left: float | None, message: str) -> None:
         """One line of progress; `left` in seconds."""
         raise NotImplementedError
 
@@ -78,9 +76,7 @@ class _Paced(Display):
 class PlainDisplay(_Paced):
     """A line every few seconds."""
 
-    def show(
-        self, name: str, done: int, total: int | None, left: float | None, message: str
-    ) -> None:
+    def show(self, name: str, done: int, total: int | None, left: float | None, message: str) -> None:
         share = f"{done}/{total} ({done / total:.0%})" if total else f"{done}"
         eta = f", {clock(left)} left" if left else ""
         self.error(f"{name}: {message + ' ' if message else ''}{share}{eta}")
@@ -91,9 +87,7 @@ class JsonDisplay(_Paced):
 
     seconds = JSON_SECONDS
 
-    def show(
-        self, name: str, done: int, total: int | None, left: float | None, message: str
-    ) -> None:
+    def show(self, name: str, done: int, total: int | None, left: float | None, message: str) -> None:
         seconds = None if left is None else round(left, 1)
         self._event("progress", file=name, done=done, total=total, left=seconds, message=message)
 

@@ -45,9 +45,7 @@ _COLOURS = np.array(
 )
 
 
-def write_page(
-    path: str | os.PathLike[str], title: str, report: dict[str, Any], tracks: Sequence[Track]
-) -> None:
+def write_page(path: str | os.PathLike[str], title: str, report: dict[str, Any], tracks: Sequence[Track]) -> None:
     """Write a page about some tracks: (name, wave (C, T), sample rate in Hz) each.
 
     All pictures share one colour scale, so that a faint stem looks faint. Raises AudioError if
@@ -87,9 +85,7 @@ def mel_picture(wave: NDArray[np.floating[Any]], sample_rate: int) -> NDArray[np
 def png(picture: NDArray[np.floating[Any]]) -> bytes:
     """A PNG file of values in 0..1, (rows from the bottom, columns), in our colours."""
     places = np.linspace(0, 1, len(_COLOURS))
-    palette = np.stack(
-        [np.interp(np.linspace(0, 1, 256), places, _COLOURS[:, c]) for c in range(3)], axis=1
-    )
+    palette = np.stack([np.interp(np.linspace(0, 1, 256), places, _COLOURS[:, c]) for c in range(3)], axis=1)
     indices = np.rint(np.clip(picture[::-1], 0, 1) * 255).astype(np.uint8)
     rows = np.pad(indices, ((0, 0), (1, 0)))  # each row begins with its filter: none
     header = struct.pack(">IIBBBBB", picture.shape[1], picture.shape[0], 8, 3, 0, 0, 0)
@@ -100,8 +96,7 @@ def png(picture: NDArray[np.floating[Any]]) -> bytes:
         (b"IEND", b""),
     )
     return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        for kind, data in chunks
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
     )
 
 
@@ -111,9 +106,7 @@ def _sound(wave: NDArray[np.floating[Any]], sample_rate: int) -> tuple[str, byte
     for kind, subtype, mime in (("OGG", "VORBIS", "audio/ogg"), ("FLAC", "PCM_16", "audio/flac")):
         buffer = io.BytesIO()
         try:
-            with sf.SoundFile(
-                buffer, "w", sample_rate, samples.shape[1], subtype, format=kind
-            ) as file:
+            with sf.SoundFile(buffer, "w", sample_rate, samples.shape[1], subtype, format=kind) as file:
                 for start in range(0, len(samples), 65536):
                     file.write(samples[start : start + 65536])
         except sf.SoundFileError:

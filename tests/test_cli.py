@@ -43,9 +43,7 @@ class HalfSeparator:
             raise UsageError(f"no source {sources}; choose from bark, sound, speech")
         return sources
 
-    def separate_file(
-        self, path, out, sources=None, *, format=None, subtype=None, residual=False, progress=None
-    ):
+    def separate_file(self, path, out, sources=None, *, format=None, subtype=None, residual=False, progress=None):
         stems = self.source_names(sources) + ["residual"] * residual
         with audio.open_reader(path) as reader, ExitStack() as stack:
             info = reader.info
@@ -54,9 +52,7 @@ class HalfSeparator:
             subtype = subtype or audio.subtype_for(info, format or "wav")
             writers = [
                 stack.enter_context(
-                    audio.Writer(
-                        out(stem), info.sample_rate, info.channels, format=format, subtype=subtype
-                    )
+                    audio.Writer(out(stem), info.sample_rate, info.channels, format=format, subtype=subtype)
                 )
                 for stem in stems
             ]
@@ -66,14 +62,13 @@ class HalfSeparator:
                     writer.write(block / len(stems))
                 done += block.shape[1]
                 progress(done, info.frames, "separating")
-        return {"stems": stems, "ratio": float("nan"), "warnings": ["half of it"]}
+        clipped = dict.fromkeys(stems, 0) | {stems[0]: 7}
+        return {"ratio": float("nan"), "notes": ["half of it"], "clipped_samples": clipped}
 
 
 @pytest.fixture(autouse=True)
 def fake(monkeypatch, tmp_path):
-    monkeypatch.setitem(
-        sys.modules, "audiosep.separator", types.SimpleNamespace(Separator=HalfSeparator)
-    )
+    monkeypatch.setitem(sys.modules, "audiosep.separator", types.SimpleNamespace(Separator=HalfSeparator))
     monkeypatch.chdir(tmp_path)
     HalfSeparator.calls.clear()
     tone("mix.wav")
@@ -105,10 +100,9 @@ def test_stems_and_report(capsys):
     assert sf.info("separated/speech+sound/mix/speech.wav").subtype == "PCM_24"
     out, err = capsys.readouterr()
     assert out.splitlines() == [f"separated/{folder}{s}.wav" for s in ("speech", "sound")]
-    assert "half of it" in err
+    assert "mix.wav: half of it" in err
+    assert "speech: 7 samples beyond full scale were limited" in err
     report = json.loads(Path("separated", folder, "report.json").read_text())
-    assert report["input"] == "mix.wav"
-    assert report["outputs"]["speech"] == f"separated/{folder}speech.wav"
     assert report["ratio"] is None  # JSON has no NaN
 
 
@@ -221,7 +215,7 @@ def test_templates_formats_and_residual(capsys):
         "mix.wav -d gpu",
         "mix.wav --steps 0",
         "mix.wav --preset best",
-        "mix.wav --overlap 1",
+        "mix.wav --overlap 0.6",
         "mix.wav -s meow",
         "mix.wav -q -v",
         "mix.wav --overwrite --skip-existing",
@@ -326,9 +320,7 @@ def test_interrupt(parallel):
     tone("longer.wav", seconds=60)
     code = INTERRUPTED.format(tests=str(Path(__file__).parent), root=str(ROOT))
     arguments = ["separate", "long.wav", "longer.wav", "-j", parallel]
-    with subprocess.Popen(
-        [sys.executable, "-c", code, *arguments], stderr=subprocess.PIPE, text=True
-    ) as process:
+    with subprocess.Popen([sys.executable, "-c", code, *arguments], stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr.readline().startswith("started")
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=20)
@@ -402,25 +394,34 @@ def test_models(capsys, monkeypatch, tmp_path):
     assert run("models", "import", "sound_source.pt", "-o", "shelf") == 2
 
 
-def test_evaluate(monkeypatch):
+def test_evaluate(monkeypatch, capsys):
     seen = {}
-    module = types.SimpleNamespace(run=lambda **arguments: seen.update(arguments))
+
+    def run_evaluate(**arguments):
+        arguments.pop("progress")(1, 3, "scoring")
+        seen.update(arguments)
+        return {"mean": 1.5}
+
+    module = types.SimpleNamespace(run=run_evaluate, table=lambda summaries: f"mean {summaries[0]['mean']}")
     monkeypatch.setitem(sys.modules, "audiosep.evaluate", module)
     monkeypatch.setattr(audiosep, "evaluate", module, raising=False)
     arguments = "--task 2speech --count 3 --seed 4 -n a,b --steps 5 -o r.jsonl"
     assert run("evaluate", *arguments.split()) == 0
+    assert capsys.readouterr().out == "mean 1.5\n"
     assert seen == {
-        "manifest": None,
+        "manifest": Path("data/open16k.csv"),
         "task": "2speech",
         "count": 3,
         "seed": 4,
-        "models": ["a", "b"],
+        "models": "a,b",
         "out": Path("r.jsonl"),
         "preset": "default",
         "sampler": None,
         "steps": 5,
         "device": "auto",
     }
+    assert run("evaluate", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == {"mean": 1.5}
 
 
 def test_doctor(capsys, monkeypatch):

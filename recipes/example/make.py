@@ -110,9 +110,7 @@ def tracks() -> tuple[np.ndarray, np.ndarray]:
             pitch += [decline + (14 if stressed else 0)] * frames
     glide = np.hanning(13)[1:-1] / np.hanning(13)[1:-1].sum()  # 60 ms
     table, f0 = np.array(targets, dtype=float), np.array(pitch)
-    quick = (
-        np.hanning(9)[1:-1] / np.hanning(9)[1:-1].sum()
-    )  # sources switch faster than the tongue moves
+    quick = np.hanning(9)[1:-1] / np.hanning(9)[1:-1].sum()  # sources switch faster than the tongue moves
     for column in range(table.shape[1]):
         kernel = glide if column < 3 else quick
         padded = np.pad(table[:, column], len(kernel) // 2, mode="edge")
@@ -158,9 +156,7 @@ def bell(hz: float, length: int, generator: np.random.Generator) -> np.ndarray:
     x = np.zeros(length)
     for ratio, level, seconds in BELL:
         for detuned in (1.0, 1.0 + 0.0015 * generator.standard_normal()):
-            x += (
-                level * np.exp(-t / (0.45 * seconds)) * np.sin(2 * np.pi * hz * ratio * detuned * t)
-            )
+            x += level * np.exp(-t / (0.45 * seconds)) * np.sin(2 * np.pi * hz * ratio * detuned * t)
     clapper = generator.standard_normal(length) * np.exp(-t / 0.006)
     return (x + 0.8 * clapper) * np.minimum(1, t / 0.001)
 
