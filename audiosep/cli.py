@@ -8,6 +8,7 @@ Exit codes: 0 all done, 1 some files failed and the others finished, 2 usage, 3 
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
 import json
 import logging
@@ -43,13 +44,17 @@ models_app = typer.Typer(help="List, show and import checkpoints.", **_SETTINGS)
 app.add_typer(models_app, name="models")
 
 Preset = StrEnum("Preset", ["default", "published", "paper"])
-Sampler = StrEnum("Sampler", ["hybrid", "dsg", "dps", "analytical"])
+Sampler = StrEnum("Sampler", ["hybrid", "dsg", "dps", "analytical", "mmps"])
 Dtype = StrEnum("Dtype", ["auto", "float32", "bfloat16", "float16"])
 Progress = StrEnum("Progress", ["auto", "plain", "json", "none"])
 
 
 def main(argv: list[str] | None = None) -> NoReturn:
     """Run the command and leave the process with its exit code."""
+    # A file's name may hold what the terminal's encoding lacks, or bytes that are no text at all.
+    lossless = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape" if lossless else "backslashreplace")
     try:
         app(argv, prog_name="audiosep")
     except KeyboardInterrupt:  # while modules were being imported
@@ -109,7 +114,7 @@ def separate(
             "-s",
             "--sources",
             help="Class names of the loaded priors, comma-separated, in any case; 'sound' is a"
-            " sound of any class; repeats become speech_1, speech_2.  [default: speech,sound]",
+            " sound of any class; repeats become speech_1, speech_2.  [default: one of each prior]",
         ),
     ] = None,
     device: Device = "auto",
@@ -211,19 +216,22 @@ def separate(
 
 def _show_result(result: Result, shown: Display, *, as_json: bool, quiet: bool) -> None:
     """One JSON line, or the path of each stem on a line; an error goes to stderr."""
+    from audiosep.audio import printable
+
+    name = printable(result.input)
     if result.error:
         shown.error(f"error: {result.error}")
     for note in result.notes:
-        shown.note(f"{result.input}: {note}")
+        shown.note(f"{name}: {note}")
     if as_json:
-        fields = {key: value for key, value in vars(result).items() if value is not None}
-        shown.result(json.dumps(fields))
-    elif not quiet and result.status != "failed":
-        if result.status != "done":
-            shown.note(f"{result.input}: {'exists, skipped' if result.status == 'skipped' else 'would be separated'}")
-        paths = [*result.stems.values(), *([result.page] if result.page else [])]
-        for path in paths:
-            shown.result(path)
+        shown.result(json.dumps({key: value for key, value in vars(result).items() if value is not None}))
+        return
+    if quiet or result.status == "failed":
+        return
+    if result.status != "done":
+        shown.note(f"{name}: {'exists, skipped' if result.status == 'skipped' else 'would be separated'}")
+    for path in [*result.stems.values(), *([result.page] if result.page else [])]:
+        shown.result(path)
 
 
 @app.command()

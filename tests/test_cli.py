@@ -184,6 +184,18 @@ def test_directories(parallel, capsys):
     assert "no recordings" in capsys.readouterr().err
 
 
+def test_names_that_are_not_text(capfdbinary):
+    name = os.fsdecode(b"\xff.wav")
+    try:
+        tone("x.wav").rename(name)
+    except OSError:
+        pytest.skip("this file system wants text")
+    assert run("separate", name, "--report", "--progress", "plain") == 0
+    out, err = capfdbinary.readouterr()
+    assert out.splitlines()[0] == b"separated/speech+sound/\xff/speech.wav"
+    assert b"\\udcff.wav: half of it" in err
+
+
 def test_two_recordings_for_one_place():
     tone("a/mix.wav")
     assert run("separate", "mix.wav", "a/mix.wav") == 2
