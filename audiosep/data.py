@@ -82,9 +82,7 @@ def read_manifest(
         raise UsageError(f"{path}: no such manifest; a recipe's prepare.py writes one") from error
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UsageError(f"{path}: can't be read as a manifest: {error}") from error
-    chosen = sorted(
-        item for item in items if split in (None, item.split) and kind in (None, item.kind)
-    )
+    chosen = sorted(item for item in items if split in (None, item.split) and kind in (None, item.kind))
     if not chosen:
         have = sorted({f"{item.split} {item.kind}" for item in items}) or ["no rows"]
         wanted = " ".join(word for word in (split, kind) if word)
@@ -122,9 +120,7 @@ def class_names(items: Iterable[Item], least: int = 5) -> list[str]:
     return [label for label, clips in groups.items() if len(clips) >= least]
 
 
-def load_clip(
-    path: Path, sample_rate: int, seconds: float | None = None, where: float = 0.0
-) -> Wave:
+def load_clip(path: Path, sample_rate: int, seconds: float | None = None, where: float = 0.0) -> Wave:
     """A recording as one channel (T,) at `sample_rate`; AudioError when it can't be had.
 
     Of one longer than `seconds`, that much at the fraction `where` of what can be skipped.
@@ -207,9 +203,7 @@ class MixtureDataset(Dataset[dict[str, Any]]):
         items = sorted(items)
         self.speakers = _by_label(item for item in items if item.kind == "speech")
         self.classes = _by_label(
-            item
-            for item in items
-            if item.kind == "sound" and (known is None or item.label.casefold() in known)
+            item for item in items if item.kind == "sound" and (known is None or item.label.casefold() in known)
         )
         for need, groups, what in (
             (self.n_speech, self.speakers, "speakers"),
@@ -248,9 +242,7 @@ class MixtureDataset(Dataset[dict[str, Any]]):
             "ids": [item.id for item in items],
         }
 
-    def _draw(
-        self, rng: np.random.Generator, clips: list[Item], length: int
-    ) -> tuple[Item, NDArray[np.float64]]:
+    def _draw(self, rng: np.random.Generator, clips: list[Item], length: int) -> tuple[Item, NDArray[np.float64]]:
         for _ in range(100):
             item = clips[_index(rng, len(clips))]
             wave = load_clip(item.path, self.sample_rate)
@@ -338,9 +330,7 @@ class SourceDataset(Dataset[dict[str, Any]]):
         label = self.index.get(self.items[position].label.casefold(), len(self.index))
         return {"wave": torch.from_numpy(wave.astype(np.float32)), "label": label}
 
-    def _window(
-        self, rng: np.random.Generator, position: int, group: list[int], length: int
-    ) -> NDArray[np.float64]:
+    def _window(self, rng: np.random.Generator, position: int, group: list[int], length: int) -> NDArray[np.float64]:
         """One window (length,), zeros when the clip is silent or can't be read."""
         wave = self._clip(rng, position, length)
         joins = rng.random() < self.join
@@ -386,9 +376,7 @@ class SourceDataset(Dataset[dict[str, Any]]):
         return sign * _excerpt(rng, wave, item.kind, length, self.sample_rate)
 
 
-def _excerpt(
-    rng: np.random.Generator, wave: Wave, kind: str, length: int, sample_rate: int
-) -> Wave:
+def _excerpt(rng: np.random.Generator, wave: Wave, kind: str, length: int, sample_rate: int) -> Wave:
     """At most `length` samples: of a sound one active span, drawn by length (none if silent)."""
     if kind == "sound":
         spans = active_spans(wave, sample_rate)
@@ -424,9 +412,7 @@ def _by_label(items: Iterable[Item]) -> dict[str, list[Item]]:
     return dict(sorted(groups.items()))
 
 
-def _distinct(
-    rng: np.random.Generator, groups: dict[str, list[Item]], count: int
-) -> list[list[Item]]:
+def _distinct(rng: np.random.Generator, groups: dict[str, list[Item]], count: int) -> list[list[Item]]:
     order = np.argsort(rng.random(len(groups)), kind="stable")[:count]
     return [list(groups.values())[i] for i in order]
 

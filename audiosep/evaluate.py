@@ -64,9 +64,7 @@ def run(
 
         separator = Separator.from_pretrained(models, **options)
     classes = _classes(separator)
-    dataset = MixtureDataset(
-        items, task, count, seed, segment, separator.sample_rate, classes=classes or None
-    )
+    dataset = MixtureDataset(items, task, count, seed, segment, separator.sample_rate, classes=classes or None)
     known = labels and bool(classes)
     header = {
         "task": task,

@@ -105,9 +105,7 @@ UNASDIFF_CARD = {
 }
 
 
-def load_prior(
-    name: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
-) -> Prior:
+def load_prior(name: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Prior:
     """The prior of a checkpoint: a folder, a shipped name, or `org/name[@revision]` on the Hub.
 
     Raises ModelError, in one line, when there is none or it is not what its config.json says.
@@ -133,9 +131,7 @@ def load_prior(
         raise ModelError(f"{folder / CONFIG}: {error}") from error
     rows = getattr(backbone, "num_classes", 0)
     if len(prior.classes) > rows:
-        raise ModelError(
-            f"{folder / CONFIG}: names {len(prior.classes)} classes, the backbone has {rows}"
-        )
+        raise ModelError(f"{folder / CONFIG}: names {len(prior.classes)} classes, the backbone has {rows}")
     prior = prior.to(device) if dtype is None else prior.to(device, dtype)
     return prior.eval().requires_grad_(False)
 
@@ -188,9 +184,7 @@ def find(name: str | Path) -> Path:
     if match:
         return _from_hub(match[1], match[2])
     shipped = ", ".join(entry["name"] for entry in list_checkpoints()) or "none"
-    raise ModelError(
-        f"no checkpoint {str(name)!r}: give a folder, org/name, or one of those shipped ({shipped})"
-    )
+    raise ModelError(f"no checkpoint {str(name)!r}: give a folder, org/name, or one of those shipped ({shipped})")
 
 
 def list_checkpoints() -> list[dict[str, Any]]:
@@ -262,9 +256,7 @@ def import_unasdiff(source: str | Path | Mapping[str, Any]) -> Prior:
     classes = ("speech",) if speech else FSD_LABELS[:num_classes]
     schedule = vp_linear(steps=200, beta_start=1e-4, beta_end=2e-2)
     kind = "speech" if speech else "sound"
-    return Prior(
-        backbone, schedule, sample_rate=16000, classes=classes, level=-22.5, kind=kind
-    ).eval()
+    return Prior(backbone, schedule, sample_rate=16000, classes=classes, level=-22.5, kind=kind).eval()
 
 
 # Part of a published name -> ours; embeddings are counted from 1 there.
@@ -278,9 +270,7 @@ _UNASDIFF_NAMES: dict[str, str | Callable[[re.Match[str]], str]] = {
     r"^reduce_chan_level(\d)\.": r"merge_\1.",
     r"^t_embedder_out\.": "t_embedder_6.",
     r"^t_embedder_(\d)\.": lambda match: f"time_embeddings.{int(match[1]) - 1}.",
-    r"^y_embedder_(\d)\.embedding_table\.": (
-        lambda match: f"class_embeddings.{int(match[1]) - 1}."
-    ),
+    r"^y_embedder_(\d)\.embedding_table\.": (lambda match: f"class_embeddings.{int(match[1]) - 1}."),
     r"^out_conv\.": "head_conv.",
     r"^final_layer\.out_proj\.": "head_out.",
     r"^final_layer\.adaLN_modulation\.1\.": "head_modulation.linear.",
@@ -353,10 +343,7 @@ _PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x
 
 
 def _pickle_error(path: Path) -> ModelError:
-    return ModelError(
-        f"{path}: a pickle, which can run code when loaded, so it is not; "
-        f"save the weights as {WEIGHTS}"
-    )
+    return ModelError(f"{path}: a pickle, which can run code when loaded, so it is not; save the weights as {WEIGHTS}")
 
 
 def _check_state(state: Mapping[str, Tensor], backbone: nn.Module, where: str) -> None:
@@ -366,8 +353,7 @@ def _check_state(state: Mapping[str, Tensor], backbone: nn.Module, where: str) -
     if missing or extra:
         example = f"missing {min(missing)}" if missing else f"unknown {min(extra)}"
         raise ModelError(
-            f"{where}: weights of another network, {len(missing)} names missing and "
-            f"{len(extra)} unknown ({example})"
+            f"{where}: weights of another network, {len(missing)} names missing and {len(extra)} unknown ({example})"
         )
     for name, value in expected.items():
         have, want = tuple(state[name].shape), tuple(value.shape)
@@ -398,11 +384,7 @@ def _from_hub(repo: str, revision: str | None) -> Path:
     wanted = [CONFIG, WEIGHTS, CARD]
 
     def snapshot(local: bool) -> Path:
-        return Path(
-            snapshot_download(
-                repo, revision=revision, allow_patterns=wanted, local_files_only=local
-            )
-        )
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted, local_files_only=local))
 
     try:
         cached = snapshot(local=True)

@@ -6,7 +6,7 @@ Stems are (K, C, n): K sources, C channels, n samples.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import permutations
+from itertools import pairwise, permutations
 
 import numpy as np
 import torch
@@ -138,7 +138,7 @@ def embed(stems: Tensor) -> Tensor:
     mono = stems.mean(1)
     power = stft(mono, 512, 256).abs().square()  # (K, F, M)
     edges = torch.logspace(0, np.log10(power.shape[1] - 1), N_BANDS + 1).round().long()
-    bands = torch.stack([power[:, a : max(a + 1, b)].mean(1) for a, b in zip(edges[:-1], edges[1:])], 1)
+    bands = torch.stack([power[:, a : max(a + 1, b)].mean(1) for a, b in pairwise(edges.tolist())], 1)
     log = torch.log10(bands + 1e-10)
     loudness = bands.sum(1, keepdim=True)
     active = (loudness > 0.05 * loudness.amax(-1, keepdim=True)).to(log)

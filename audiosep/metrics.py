@@ -129,9 +129,7 @@ def paired_interval(
     """Bootstrap interval of the mean of `values - others`, both over the same items."""
     left, right = _values(values), _values(others)
     if left.shape != right.shape:
-        raise UsageError(
-            f"a paired interval needs the same items, got {left.size} and {right.size}"
-        )
+        raise UsageError(f"a paired interval needs the same items, got {left.size} and {right.size}")
     return bootstrap_interval(left - right, level, seed)
 
 
@@ -170,9 +168,7 @@ def _ratio_db(signal: Tensor, noise: Tensor) -> Tensor:
     return decibels.masked_fill(power == 0, -torch.inf)
 
 
-def _one_by_one(
-    score: Callable[[np.ndarray, np.ndarray], float], estimate: Tensor, reference: Tensor
-) -> Tensor:
+def _one_by_one(score: Callable[[np.ndarray, np.ndarray], float], estimate: Tensor, reference: Tensor) -> Tensor:
     estimate, reference = torch.broadcast_tensors(*_signals(estimate, reference))
     length = estimate.shape[-1]
     pairs = zip(

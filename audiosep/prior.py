@@ -68,6 +68,7 @@ class Prior(nn.Module):
         self.sample_rate, self.classes, self.level = sample_rate, tuple(classes), level
         self.kind, self.parameterization = kind, parameterization
         self.label_dropout = label_dropout
+        self.null = int(getattr(backbone, "num_classes", 0))  # the null class's number
 
     @property
     def config(self) -> dict[str, Any]:
@@ -129,7 +130,8 @@ class Prior(nn.Module):
             generator: source of the noise, the levels and the label dropout.
 
         Returns:
-            (B,), mean over samples of |E[x_0 | x_t] - x_0|^2 (s^2 + d^2) / (s d)^2 ("edm"), of |eps_hat - eps|^2 ("eps").
+            (B,), mean over samples of |E[x_0 | x_t] - x_0|^2 (s^2 + d^2) / (s d)^2 for "edm", of |eps_hat - eps|^2
+            for "eps".
         """
         wave = batch["wave"]
         draw = torch.rand(2, len(wave), generator=generator, device=wave.device)
@@ -148,7 +150,7 @@ class Prior(nn.Module):
         """The loss at given steps t (B,); `drop` (B,) marks the items whose label becomes the null class."""
         wave, label = batch["wave"], batch.get("label")
         if label is not None and drop is not None:
-            label = torch.where(drop, self.backbone.num_classes, label)
+            label = torch.where(drop, self.null, label)
         s = self.schedule.ratio_at(t).to(wave)
         noise = torch.randn(wave.shape, generator=generator, device=wave.device, dtype=wave.dtype)
         estimate = self._denoise(wave + s[:, None] * noise, s, t.to(wave), label)
@@ -191,8 +193,7 @@ class JointPrior:
         labels = [self.sources[k][1] for k in members]
         if all(label is None for label in labels):
             return None
-        prior = self.sources[members[0]][0]
-        null = getattr(getattr(prior, "backbone", None), "num_classes", 0)
+        null = getattr(self.sources[members[0]][0], "null", 0)
         row = [null if label is None else label for label in labels]
         return torch.tensor(row * batch).to(device, non_blocking=True)
 
@@ -203,7 +204,7 @@ class GaussianPrior:
     E[x_0 | x_t] = alpha S / (alpha^2 S + sigma^2) x_t per FFT bin, where S is the variance of a unitary-FFT bin.
 
     Args:
-        spectrum: (N // 2 + 1,) variance per bin of a signal of N samples; its mean over all N bins is the signal's power.
+        spectrum: (N // 2 + 1,) variance per bin of a signal of N samples; its mean over all N bins is the power.
         schedule: the steps that `denoise` counts in by default.
     """
 

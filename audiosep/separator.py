@@ -1,9 +1,9 @@
 """Separate recordings of any rate, level, channel count and length with source priors.
 
-Level, rate and shape are set at this door and undone behind it: a segment is resampled to the priors' rate, every channel
-scaled to the level that a mixture of K training signals has, separated, and scaled and resampled back. At the input's own
-rate the residual, the band above the priors' Nyquist frequency included, is shared out, so that the stems add up to the
-recording.
+Level, rate and shape are set at this door and undone behind it: a segment is resampled to the priors' rate, every
+channel scaled to the level that a mixture of K training signals has, separated, and scaled and resampled back. At the
+input's own rate the residual, the band above the priors' Nyquist frequency included, is shared out, so that the stems
+add up to the recording.
 
 K sources, C channels, T samples.
 """
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from audiosep import __version__, audio, hub
 from audiosep.errors import AudiosepError, UsageError
-from audiosep.longform import Aligner, OverlapAdd, count_segments, cosine, cut, match
+from audiosep.longform import Aligner, OverlapAdd, cosine, count_segments, cut, match
 from audiosep.mixing import project, residual
 from audiosep.prior import JointPrior, Prior
 from audiosep.samplers import PRESETS, Noise, build
@@ -436,7 +436,7 @@ class Job:
 
     def _draw(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """Sources at the priors' rate (samples, S, K, C, N) for mixtures y (S, C, N), and their scores (samples, S)."""
-        separator, sampler = self.separator, self.sampler
+        separator = self.separator
         count, channels, length = y.shape
         rows = y.flatten(0, 1).to(separator.device)  # (S * C, N)
         level = np.mean([10 ** (separator.priors[s.prior].level / 20) for s in self.sources])
@@ -578,7 +578,7 @@ class Job:
             "segments": self.segments,
             "segment_s": round(self.segment / self.sample_rate, 4),
             "overlap_s": round((self.segment - self.hop) / self.sample_rate, 4),
-            "network_evaluations": self.segments * self.steps * separator.samples * len(self.sources),
+            "evaluations": self.segments * self.steps * separator.samples * len(self.sources),
             "seconds": round(self.seconds, 3),
             "real_time_factor": round(self.seconds / duration, 4) if duration else None,
             "residual_db": round(decibel(self.residual_energy / size) - mixture_level, 2),

@@ -166,7 +166,7 @@ class TriplePathUNet(nn.Module):
             "adaln_zero": adaln_zero,
             "time_scale": time_scale,
         }
-        self.num_classes, self.n_fft, self.patch = num_classes, n_fft, tuple(patch)
+        self.num_classes, self.n_fft, self.patch = num_classes, n_fft, (patch[0], patch[1])
         self.head, self.time_scale, self.checkpointing = head, time_scale, checkpointing
 
         def stage(level: int, count: int, latent: bool = False) -> nn.ModuleList:

@@ -2,8 +2,8 @@
 
 `build(prior, sampler, preset, steps)` is the door. Presets:
 
-- ``published``: every choice of the published code: factor 0.09 on sigma(t), plain norms, initial level of step 149 with
-  a loop from 199, clamp to [-1, 1], one noise for all sources.
+- ``published``: every choice of the published code: factor 0.09 on sigma(t), plain norms, initial level of step 149
+  with a loop from 199, clamp to [-1, 1], one noise for all sources.
 - ``paper``: the text as printed: squared losses, mean over the groups, no factor.
 - ``default``: ours. The trajectory starts at the level where it is initialised, its levels are evenly spaced in
   signal-to-noise ratio, every source has its own noise, nothing is clamped, and the solver is of second order; the

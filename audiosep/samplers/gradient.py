@@ -1,7 +1,8 @@
 """Gradient guidance: DPS, DSG and the hybrid SmoothMax schedule.
 
 Each step follows the prior, then moves every source against the gradient of the reconstruction loss at the denoised
-estimates, taken through the network: x_{t-1,k} = x'_{t-1,k} - gamma_k(t) g_k with g_k = d L(y, sum_j x_0|t,j) / d x_{t,k}.
+estimates, taken through the network: x_{t-1,k} = x'_{t-1,k} - gamma_k(t) g_k with
+g_k = d L(y, sum_j x_0|t,j) / d x_{t,k}.
 
 - DPS: gamma constant. Hyungjin Chung et al., "Diffusion Posterior Sampling for General Noisy Inverse Problems", 2023,
   https://arxiv.org/abs/2209.14687.
@@ -9,7 +10,8 @@ estimates, taken through the network: x_{t-1,k} = x'_{t-1,k} - gamma_k(t) g_k wi
   Lingxiao Yang et al., "Guidance with Spherical Gaussian Constraint for Conditional Diffusion", 2024,
   https://arxiv.org/abs/2402.03201.
 - Hybrid: gamma_k = SmoothMax_c(factor sigma(t), s_floor) sqrt(N) / ||g_k||. Runwu Shi et al., "Unsupervised
-  Single-Channel Audio Separation with Diffusion Source Priors", AAAI 2026, https://arxiv.org/abs/2512.07226, eqs. 10-11.
+  Single-Channel Audio Separation with Diffusion Source Priors", AAAI 2026, https://arxiv.org/abs/2512.07226,
+  eqs. 10-11.
 
 The published code multiplies sigma(t) by 0.09, which the paper does not print; norms are per source, as published.
 """

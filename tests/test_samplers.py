@@ -1,0 +1,121 @@
+"""Samplers against the published loop's outputs and against exact Gaussian posteriors."""
+
+import numpy as np
+import pytest
+import torch
+
+from audiosep.errors import UsageError
+from audiosep.losses import ReconstructionLoss, group_loss, stft_loss, time_loss
+from audiosep.samplers import PRESETS, SAMPLERS, Noise, build
+
+
+class NoNoise(Noise):
+    def __init__(self):
+        pass
+
+    def __call__(self, rows, like):
+        return torch.zeros(like.shape[0], rows, like.shape[-1])
+
+
+@pytest.mark.parametrize(
+    ("sampler", "name", "last"), [("hybrid", "hybrid", 0), ("dsg", "DSG", 0), ("dps", "DPS", 10)]
+)
+def test_published_preset_reproduces_the_published_loop(gaussian, sampler, name, last):
+    compared = 0
+    for state in build(gaussian.joint, sampler, "published")(gaussian.mixture, NoNoise()):
+        key = f"{name}_after_step_{state.t}"
+        if key in gaussian.reference.files and state.t >= last:
+            known = gaussian.reference[key]
+            error = np.linalg.norm(state.x[0].numpy() - known) / np.linalg.norm(known)
+            assert error <= 1e-3, key
+            compared += 1
+    assert compared == (6 if last == 0 else 5)
+
+
+def draw(gaussian, runs, **options):
+    """Samples (runs, 2, N) and the evaluations of a run."""
+    sampler = build(gaussian.joint, **options)
+    for state in sampler(gaussian.mixture.expand(runs, -1), Noise(range(runs))):
+        samples = state.x
+    return samples.double(), sampler.evaluations
+
+
+def accuracy(gaussian, samples):
+    """Relative error of the mean, and |log| of the ratio of summed variances, against the exact posterior."""
+    mean, variance = gaussian.posterior()
+    centre = samples.mean(0)
+    found = torch.fft.rfft(samples - centre).abs().square().sum(0) / (len(samples) - 1) / gaussian.n
+    ratio = found.sum(-1) / variance.sum()
+    return ((centre - mean).norm() / mean.norm()).item(), ratio.log().abs().max().item(), (found / variance)
+
+
+@pytest.mark.slow
+def test_default_preset_is_nearer_the_exact_posterior_than_published(gaussian):
+    published, many = draw(gaussian, 64, preset="published")
+    default, few = draw(gaussian, 64, preset="default")
+    assert few <= many / 4
+    mean_published, variance_published, bins_published = accuracy(gaussian, published)
+    mean_default, variance_default, bins_default = accuracy(gaussian, default)
+    assert mean_default < 0.03 < mean_published
+    assert variance_default < 0.05 < variance_published
+    # Bin by bin, too, for both sources.
+    for k in range(2):
+        assert bins_default[k].log().abs().mean() < bins_published[k].log().abs().mean()
+
+
+def test_default_preset_samples_the_exact_posterior(gaussian):
+    mean, variance, _ = accuracy(gaussian, draw(gaussian, 12)[0])
+    # Twelve samples' own scatter about the exact mean is 12 ** -0.5 of the posterior's spread.
+    exact, spread = gaussian.posterior()
+    scatter = (spread.sum() * 2 * 2 / 12).sqrt() / exact.norm()
+    assert mean < 1.15 * scatter.item()
+    assert variance < 0.1
+
+
+def test_default_preset_adds_up_to_the_mixture_at_every_step(gaussian):
+    for state in build(gaussian.joint, steps=5)(gaussian.mixture, Noise([3])):
+        assert torch.allclose(state.denoised.sum(1), gaussian.mixture, atol=1e-5)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_an_item_is_the_same_alone_and_in_a_batch(gaussian, sampler, preset):
+    y = torch.cat((gaussian.mixture, 0.5 * gaussian.mixture.flip(-1)))[:, :4000]
+    prior = type(gaussian.joint.sources[0][0])
+    spectra = [s[::4] for s in gaussian.spectra]
+    joint = type(gaussian.joint)([(prior(s[:2001], gaussian.joint.sources[0][0].schedule), None) for s in spectra])
+    joint_sampler = build(joint, sampler, preset, steps=6)
+    *_, together = joint_sampler(y, Noise([7, 8]))
+    *_, alone = joint_sampler(y[1:], Noise([8]))
+    scale = together.x.abs().max()
+    assert torch.allclose(together.x[1], alone.x[0], atol=2e-4 * scale.item())
+
+
+def test_wrong_names_and_numbers_are_refused(gaussian):
+    with pytest.raises(UsageError, match="dsp.*hybrid"):
+        build(gaussian.joint, "dsp")
+    with pytest.raises(UsageError, match="fast.*default"):
+        build(gaussian.joint, preset="fast")
+    with pytest.raises(UsageError, match="at least 1"):
+        build(gaussian.joint, steps=0)
+    with pytest.raises(TypeError, match="stpes"):
+        build(gaussian.joint, stpes=3)
+
+
+def test_losses_have_their_printed_values():
+    y, estimate = torch.zeros(2, 1024), torch.ones(2, 1024)
+    assert torch.allclose(time_loss(estimate, y), torch.full((2,), 32.0))
+    assert torch.allclose(time_loss(estimate, y, squared=True), torch.full((2,), 1024.0))
+    assert torch.allclose(group_loss(estimate, y), torch.full((2,), 512 * 2**0.5))
+    assert torch.allclose(group_loss(estimate, y, squared=True), torch.full((2,), 2.0))
+    noise = torch.randn(2, 4000)
+    assert stft_loss(noise, -noise).max() < 1e-4  # magnitudes have no sign
+    loss = ReconstructionLoss(time=1, group=0, stft=0)
+    assert torch.equal(loss(estimate, y), time_loss(estimate, y))
+
+
+def test_gradient_of_a_perfect_fit_is_finite():
+    y = torch.zeros(1, 2048)
+    estimate = torch.zeros(1, 2048, requires_grad=True)
+    ReconstructionLoss()(estimate, y).sum().backward()
+    assert estimate.grad.isfinite().all()
