@@ -192,7 +192,9 @@ class Writer:
             self.format = "RF64"
         self._partial = self._make_partial()
         try:
-            self._file = sf.SoundFile(str(self._partial), "w", sample_rate, channels, self.subtype, format=self.format)
+            self._file = sf.SoundFile(
+                _native(self._partial), "w", sample_rate, channels, self.subtype, format=self.format
+            )
         except (sf.SoundFileError, TypeError, ValueError) as error:
             self.discard()
             detail = str(error).rpartition(": ")[2].rstrip(".")
@@ -250,7 +252,7 @@ class Writer:
         """Finish the file and give it its name."""
         try:
             self._file.close()
-            if self.format != "MP3" and sf.info(str(self._partial)).frames < self.frames:
+            if self.format != "MP3" and sf.info(_native(self._partial)).frames < self.frames:
                 raise self._full()
             if self._stdout:
                 with self._partial.open("rb") as source:
@@ -367,6 +369,11 @@ def printable(path: str | os.PathLike[str]) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
+def _native(path: Path) -> str | bytes:
+    """The path as soundfile passes it on unharmed: names may hold bytes that are not text."""
+    return str(path) if os.name == "nt" else os.fsencode(path)
+
+
 def _is_audio(path: Path) -> bool:
     return path.suffix.lower() in _SUFFIXES and path.is_file()
 
@@ -394,7 +401,7 @@ def _spool_stdin() -> Path:
 def _probe(path: Path, name: str) -> tuple[AudioInfo, Any]:
     """What the file is, and the generator function that decodes it."""
     try:
-        with sf.SoundFile(str(path)) as file:
+        with sf.SoundFile(_native(path)) as file:
             _check_truncation(file, name)
             info = _info(file)
         decode: Any = _decode_soundfile
@@ -428,7 +435,7 @@ def _check_truncation(file: sf.SoundFile, name: str) -> None:
 
 def _decode_soundfile(path: Path, name: str) -> Iterator[Wave]:
     try:
-        with sf.SoundFile(str(path)) as file:
+        with sf.SoundFile(_native(path)) as file:
             while len(block := file.read(BLOCK, dtype="float32", always_2d=True)):
                 yield block.T
     except sf.SoundFileError as error:
@@ -446,7 +453,7 @@ def _probe_media(path: Path, name: str, reason: str) -> AudioInfo:
         text = "corrupt, or not audio" if known else "not audio that soundfile can read"
         raise AudioError(f"{name}: {text} ({reason}); {_MEDIA_HINT}") from None
     try:
-        with av.open(str(path)) as container:
+        with path.open("rb") as file, av.open(file) as container:
             if not container.streams.audio:
                 raise AudioError(f"{name}: holds no sound")
             stream = container.streams.audio[0]
@@ -464,7 +471,7 @@ def _decode_media(path: Path, name: str) -> Iterator[Wave]:
     import av
 
     try:
-        with av.open(str(path)) as container:
+        with path.open("rb") as file, av.open(file) as container:
             stream = container.streams.audio[0]
             codec = stream.codec_context
             # Frames of a stream may change their format half way; the resampler evens that out.

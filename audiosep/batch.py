@@ -23,7 +23,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from audiosep import audio, report
-from audiosep.errors import AudioError, ModelError, UsageError
+from audiosep.errors import AudioError, AudiosepError, ModelError, UsageError
 from audiosep.progress import Callback, Display
 
 log = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ class Result:
     page: str | None = None
     seconds: float | None = None
     error: str | None = None
-    warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 def check(options: Options) -> None:
@@ -208,6 +208,8 @@ def _one(separator: SeparatesFiles, job: Job, options: Options, progress: Callba
         raise
     except AudioError as error:
         result.status, result.error = "failed", str(error)
+    except AudiosepError as error:
+        result.status, result.error = "failed", f"{job.name}: {error}"
     except Exception as error:  # one file must not end the batch
         log.debug("%s", job.name, exc_info=True)
         text = " ".join(f"{type(error).__name__}: {error}".split())
@@ -239,8 +241,7 @@ def _to_files(separator: SeparatesFiles, job: Job, options: Options, progress: C
         progress=progress,
     )
     result.stems = {stem: os.fspath(path) for stem, path in written.items()}
-    result.warnings = list(facts.get("warnings", []))
-    facts = {"input": os.fspath(job.source), "outputs": result.stems, **facts}
+    result.notes = [*facts.get("notes", []), *_clipping(facts.get("clipped_samples", {}))]
     json_path = options.path(job.track, "report", "json")
     write_json(json_path, facts)
     result.report = os.fspath(json_path)
@@ -248,6 +249,15 @@ def _to_files(separator: SeparatesFiles, job: Job, options: Options, progress: C
         html_path = options.path(job.track, "report", "html")
         _write_page(html_path, job, written, facts)
         result.page = os.fspath(html_path)
+
+
+def _clipping(counts: dict[str, int]) -> list[str]:
+    """A note for each stem that did not fit its integer format."""
+    return [
+        f"{stem}: {count} samples beyond full scale were limited; --subtype float keeps them"
+        for stem, count in counts.items()
+        if count
+    ]
 
 
 def _to_stdout(separator: SeparatesFiles, job: Job, options: Options, progress: Callback) -> None:

@@ -8,6 +8,7 @@ Exit codes: 0 all done, 1 some files failed and the others finished, 2 usage, 3 
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
 import json
 import logging
@@ -43,13 +44,17 @@ models_app = typer.Typer(help="List, show and import checkpoints.", **_SETTINGS)
 app.add_typer(models_app, name="models")
 
 Preset = StrEnum("Preset", ["default", "published", "paper"])
-Sampler = StrEnum("Sampler", ["hybrid", "dsg", "dps", "analytical"])
+Sampler = StrEnum("Sampler", ["hybrid", "dsg", "dps", "analytical", "mmps"])
 Dtype = StrEnum("Dtype", ["auto", "float32", "bfloat16", "float16"])
 Progress = StrEnum("Progress", ["auto", "plain", "json", "none"])
 
 
 def main(argv: list[str] | None = None) -> NoReturn:
     """Run the command and leave the process with its exit code."""
+    # A file's name may hold what the terminal's encoding lacks, or bytes that are no text at all.
+    lossless = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape" if lossless else "backslashreplace")
     try:
         app(argv, prog_name="audiosep")
     except KeyboardInterrupt:  # while modules were being imported
@@ -109,7 +114,7 @@ def separate(
             "-s",
             "--sources",
             help="Class names of the loaded priors, comma-separated, in any case; 'sound' is a"
-            " sound of any class; repeats become speech_1, speech_2.  [default: speech,sound]",
+            " sound of any class; repeats become speech_1, speech_2.  [default: one of each prior]",
         ),
     ] = None,
     device: Device = "auto",
@@ -117,7 +122,7 @@ def separate(
         float | None,
         typer.Option(min=0.1, help="Seconds separated at once.  [default: the priors']"),
     ] = None,
-    overlap: Annotated[float, typer.Option(min=0.0, max=0.9, help="Share of a segment that overlaps the next.")] = 0.25,
+    overlap: Annotated[float, typer.Option(min=0.0, max=0.5, help="Share of a segment that overlaps the next.")] = 0.25,
     steps: Steps = None,
     sampler: SamplerOption = None,
     preset: PresetOption = Preset.default,
@@ -211,20 +216,22 @@ def separate(
 
 def _show_result(result: Result, shown: Display, *, as_json: bool, quiet: bool) -> None:
     """One JSON line, or the path of each stem on a line; an error goes to stderr."""
+    from audiosep.audio import printable
+
+    name = printable(result.input)
     if result.error:
         shown.error(f"error: {result.error}")
-    for warning in result.warnings:
-        shown.note(f"{result.input}: {warning}")
+    for note in result.notes:
+        shown.note(f"{name}: {note}")
     if as_json:
-        fields = {key: value for key, value in vars(result).items() if value is not None}
-        shown.result(json.dumps(fields))
-    elif not quiet and result.status != "failed":
-        note = {"skipped": "exists, skipped", "planned": "would be separated"}.get(result.status)
-        if note:
-            shown.note(f"{result.input}: {note}")
-        paths = [*result.stems.values(), *([result.page] if result.page else [])]
-        for path in paths:
-            shown.result(path)
+        shown.result(json.dumps({key: value for key, value in vars(result).items() if value is not None}))
+        return
+    if quiet or result.status == "failed":
+        return
+    if result.status != "done":
+        shown.note(f"{name}: {'exists, skipped' if result.status == 'skipped' else 'would be separated'}")
+    for path in [*result.stems.values(), *([result.page] if result.page else [])]:
+        shown.result(path)
 
 
 @app.command()
@@ -235,35 +242,47 @@ def evaluate(
     count: Annotated[int, typer.Option(min=1, help="Mixtures to separate.")] = 20,
     seed: Annotated[int, typer.Option(min=0, help="Chooses the mixtures and the noise.")] = 0,
     model: Models = DEFAULT_MODELS,
-    manifest: Annotated[Path | None, typer.Option(help="manifest.csv of the recordings to mix.")] = None,
+    manifest: Annotated[Path, typer.Option(help="The recordings to mix, as a recipe's prepare.py lists them.")] = Path(
+        "data/open16k.csv"
+    ),
     preset: PresetOption = Preset.default,
     sampler: SamplerOption = None,
     steps: Steps = None,
     device: Device = "auto",
     out: Annotated[Path | None, typer.Option("-o", "--out", help="One JSON line per mixture, as it is scored.")] = None,
     verbose: Verbose = False,
+    as_json: AsJson = False,
 ) -> None:
     """Score separators on mixtures of a corpus.
 
     Prints the mean, the median and the interval of the scores.
     """
-    from audiosep.progress import Display
+    from audiosep.progress import display
 
-    with _errors(verbose, Display()), _logging(Display(), verbose=verbose):
+    shown = display("auto")
+    with _errors(verbose, shown), _logging(shown, verbose=verbose):
         from audiosep import evaluate as module
 
-        module.run(
-            manifest=manifest,
-            task=task,
-            count=count,
-            seed=seed,
-            models=_split(model),
-            out=out,
-            preset=preset.value,
-            sampler=sampler and sampler.value,
-            steps=steps,
-            device=device,
-        )
+        with shown:
+            summary = module.run(
+                manifest=manifest,
+                task=task,
+                count=count,
+                seed=seed,
+                models=model,
+                out=out,
+                progress=shown.file(task),
+                preset=preset.value,
+                sampler=sampler and sampler.value,
+                steps=steps,
+                device=device,
+            )
+        if as_json:
+            print(json.dumps(summary))
+            return
+        from rich.console import Console
+
+        Console().print(module.table([summary]))
 
 
 @models_app.command("list")

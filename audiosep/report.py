@@ -70,7 +70,8 @@ def mel_picture(wave: NDArray[np.floating[Any]], sample_rate: int) -> NDArray[np
 
     mono = np.asarray(wave, dtype=np.float32).mean(axis=0)
     hop = max(64, -(-mono.size // WIDTH))
-    n_fft = min(max(2048, 1 << (hop - 1).bit_length()), 1 << 14)
+    # About 50 ms see both pitch and syllables; a long recording's columns leave no gap.
+    n_fft = 1 << max(round(np.log2(0.05 * sample_rate)), (hop - 1).bit_length())
     mono = np.pad(mono, (0, max(0, n_fft - mono.size)))
     power = np.abs(librosa.stft(mono, n_fft=n_fft, hop_length=hop, pad_mode="constant")) ** 2
     weights = librosa.filters.mel(sr=sample_rate, n_fft=n_fft, n_mels=HEIGHT, norm=None)
@@ -119,13 +120,14 @@ def _figure(track: Track, picture: NDArray[np.floating[Any]], top: float) -> str
     mime, sound = _sound(wave, rate)
     level = float(np.sqrt(np.mean(np.square(wave, dtype=np.float64)))) if wave.size else 0.0
     decibels = f"{20 * np.log10(level):.1f} dBFS" if level > 0 else "silent"
+    channels = {1: "mono", 2: "stereo"}.get(wave.shape[0], f"{wave.shape[0]} channels")
     shown = png((picture - top) / RANGE_DB + 1)
     return _FIGURE.format(
         name=html.escape(_printable(name)),
-        facts=f"{wave.shape[1] / rate:.2f} s, {rate} Hz, {wave.shape[0]} channel(s), {decibels}",
+        facts=f"{wave.shape[1] / rate:.2f} s, {rate} Hz, {channels}, {decibels}",
         picture=_data("image/png", shown),
         sound=_data(mime, sound),
-        half=f"{_mel_middle(rate):.0f}",
+        half=f"{_mel_middle(rate) / 1000:.1f}",
         nyquist=f"{rate / 2000:g}",
         end=f"{wave.shape[1] / rate:.1f}",
     )
@@ -212,7 +214,7 @@ _FIGURE = """<figure>
 <figcaption><h2>{name}</h2> <span>{facts}</span></figcaption>
 <div class="plot">
 <div class="scale" aria-hidden="true">
-<span>{nyquist} kHz</span><span>{half} Hz</span><span>0</span></div>
+<span>{nyquist} kHz</span><span>{half} kHz</span><span>0</span></div>
 <div class="picture"><img src="{picture}" alt="Spectrogram of {name}, {end} s, 0 to {nyquist} kHz">
 <div class="head"></div></div>
 </div>
@@ -261,7 +263,7 @@ for (const figure of document.querySelectorAll('figure')) {
     head.style.left = 100 * (audio.currentTime / (audio.duration || 1)) + '%';
     if (!audio.paused) requestAnimationFrame(draw);
   };
-  for (const event of ['play', 'seeked', 'pause']) audio.addEventListener(event, draw);
+  for (const event of ['play', 'seeking', 'seeked', 'pause']) audio.addEventListener(event, draw);
   audio.addEventListener('play', () => {
     for (const other of document.querySelectorAll('audio')) if (other !== audio) other.pause();
   });

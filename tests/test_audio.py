@@ -1,6 +1,7 @@
 """Recordings: what goes in comes out, and each kind of bad file gets one clear line."""
 
 import io
+import os
 import resource
 import subprocess
 import sys
@@ -121,6 +122,17 @@ def test_names_in_any_script(tmp_path, name):
     audio.write(tmp_path / name, noise(), RATE)
     assert audio.read(tmp_path / name)[0].shape == (2, 5000)
     assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+def test_name_that_is_not_text(tmp_path):
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff\n.wav"))
+    try:
+        path.touch()
+    except OSError:
+        pytest.skip("this file system wants text")
+    assert "\\udcff\\n.wav: is empty" in error_of(path)
+    audio.write(path, noise(), RATE)
+    assert audio.read(path)[0].shape == (2, 5000)
 
 
 def test_bad_files(tmp_path):

@@ -1,0 +1,91 @@
+"""Who may import whom: a module imports strictly lower layers, or files of its own folder."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "audiosep"
+
+# The table of the design. A folder stands for its files.
+LAYERS = {
+    "errors": -1,  # every layer raises them
+    "audio": 0,
+    "stft": 0,
+    "schedules": 0,
+    "metrics": 0,
+    "distributed": 0,
+    "recipe": 0,
+    "progress": 0,
+    "mixing": 1,
+    "longform": 1,
+    "losses": 1,
+    "data": 1,
+    "report": 1,
+    "backbones": 1,
+    "prior": 2,
+    "supervised": 2,
+    "baselines": 2,
+    "blind": 2,
+    "train": 2,
+    "samplers": 3,
+    "hub": 3,
+    "separator": 4,
+    "batch": 5,
+    "evaluate": 5,
+    "doctor": 5,
+    "multiview": 5,
+    "multiview_baselines": 5,
+    "cli": 6,
+    "__main__": 7,
+}
+FILES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
+
+
+def part(module):
+    """The entry of LAYERS that a dotted name below audiosep belongs to."""
+    return module.split(".")[1]
+
+
+def imported(path):
+    """The audiosep modules that a file imports, in functions too, except for type checkers."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            node.body = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.startswith("audiosep."))
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            if node.module == "audiosep":
+                yield from (f"audiosep.{a.name}" for a in node.names if not a.name.startswith("_"))
+            elif (node.module or "").startswith("audiosep."):
+                yield node.module
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.relative_to(PACKAGE).as_posix())
+def test_imports_point_downwards(path):
+    relative = path.relative_to(PACKAGE)
+    own = relative.parts[0].removesuffix(".py")
+    assert own in LAYERS, f"{relative}: not in the table"
+    for module in imported(path):
+        other = part(module)
+        assert other in LAYERS, f"{relative} imports {module}: not in the table"
+        if len(relative.parts) > 1 and other == own:
+            continue
+        assert LAYERS[other] < LAYERS[own], f"{relative} imports {module}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.relative_to(PACKAGE).as_posix())
+def test_separating_needs_no_torchaudio(path):
+    """Its wheels don't import beside every torch; only training may use it."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    names = [
+        name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in [getattr(node, "module", None) or "", *(a.name for a in node.names)]
+    ]
+    if path.stem not in ("train", "data"):
+        assert not any(name.split(".")[0] == "torchaudio" for name in names)
