@@ -90,9 +90,9 @@ def test_an_item_is_the_same_alone_and_in_a_batch(gaussian, sampler, preset):
 
 
 def test_wrong_names_and_numbers_are_refused(gaussian):
-    with pytest.raises(UsageError, match="dsp.*hybrid"):
+    with pytest.raises(UsageError, match=r"dsp.*hybrid"):
         build(gaussian.joint, "dsp")
-    with pytest.raises(UsageError, match="fast.*default"):
+    with pytest.raises(UsageError, match=r"fast.*default"):
         build(gaussian.joint, preset="fast")
     with pytest.raises(UsageError, match="at least 1"):
         build(gaussian.joint, steps=0)
