@@ -8,6 +8,7 @@ path.
 from __future__ import annotations
 
 import csv
+import os
 import re
 import warnings
 from collections.abc import Iterable, Sequence
@@ -49,7 +50,7 @@ Wave = NDArray[np.float32]
 class Item:
     """One clean recording of a manifest; `label` is the speaker or the class of sound."""
 
-    id: str  # the path as the manifest has it
+    id: str  # the path below the folder that all rows share: the same on every machine
     path: Path
     split: str
     kind: str
@@ -77,11 +78,16 @@ def read_manifest(
             missing = [name for name in COLUMNS if name not in (reader.fieldnames or [])]
             if missing:
                 raise UsageError(f"{path}: no column {', '.join(missing)}")
-            items = [_item(row, root, f"{path}:{reader.line_num}") for row in reader]
+            rows = [(f"{path}:{reader.line_num}", row) for row in reader]
     except FileNotFoundError as error:
         raise UsageError(f"{path}: no such manifest; a recipe's prepare.py writes one") from error
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UsageError(f"{path}: can't be read as a manifest: {error}") from error
+    try:
+        shared = os.path.commonpath([Path(row["path"]).parent for _, row in rows] or [Path()])
+    except ValueError as error:
+        raise UsageError(f"{path}: its paths are partly absolute, partly relative") from error
+    items = [_item(row, root, shared, where) for where, row in rows]
     chosen = sorted(item for item in items if split in (None, item.split) and kind in (None, item.kind))
     if not chosen:
         have = sorted({f"{item.split} {item.kind}" for item in items}) or ["no rows"]
@@ -90,7 +96,7 @@ def read_manifest(
     return chosen
 
 
-def _item(row: dict[str, str], root: Path, where: str) -> Item:
+def _item(row: dict[str, str], root: Path, shared: str, where: str) -> Item:
     if any(row.get(name) is None for name in COLUMNS):
         raise UsageError(f"{where}: the row has fewer cells than the header")
     if row["kind"] not in KINDS:
@@ -104,7 +110,7 @@ def _item(row: dict[str, str], root: Path, where: str) -> Item:
     if not 0 < duration < float("inf"):
         raise UsageError(f"{where}: duration_s is seconds above 0, got {row['duration_s']!r}")
     return Item(
-        id=row["path"],
+        id=Path(row["path"]).relative_to(shared).as_posix(),
         path=root / row["path"],
         split=row["split"],
         kind=row["kind"],

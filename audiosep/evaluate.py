@@ -40,7 +40,7 @@ def run(
     task: str,
     count: int,
     seed: int,
-    models: str = "speech,sound",
+    models: str | Sequence[str] = "speech,sound",
     out: str | Path | None = None,
     progress: Progress | None = None,
     *,
@@ -59,6 +59,7 @@ def run(
     `separator` stands in for `Separator.from_pretrained(models, **options)`.
     """
     items = read_manifest(manifest, root, split)
+    models = models if isinstance(models, str) else ",".join(models)
     if separator is None:
         from audiosep.separator import Separator
 
@@ -72,7 +73,8 @@ def run(
         "models": models,
         "segment": segment,
         "labels": known,
-        "options": {key: str(value) for key, value in sorted(options.items())},
+        "options": {key: str(value) for key, value in sorted(options.items()) if _matters(key, value)},
+        "weights": _weights(separator),
         "items": _fingerprint(dataset),
     }
     rows = {} if out is None else _resume(Path(out), header)
@@ -191,14 +193,25 @@ def _row(separator: Separates, item: Mapping[str, Any], index: int, labels: bool
         "names": names,
         **scores,
         "seconds": seconds,
-        "evaluations": result.report.get("evaluations"),
+        "evaluations": result.report.get("network_evaluations"),
     }
+
+
+def _matters(option: str, value: Any) -> bool:
+    """Whether an option changes the rows: where and how many at a time does not, nor a default."""
+    return value is not None and option not in ("device", "batch")
 
 
 def _classes(separator: Separates) -> list[str]:
     """Class names of the separator's priors; none for a separator without priors or labels."""
     priors = getattr(separator, "priors", {})
     return [name for prior in priors.values() for name in getattr(prior, "classes", ())]
+
+
+def _weights(separator: Separates) -> dict[str, str]:
+    """Hashes of the checkpoints: a name can stand for other weights tomorrow."""
+    priors = getattr(separator, "priors", {})
+    return {name: getattr(prior, "origin", {}).get("sha256", "") for name, prior in priors.items()}
 
 
 def _limited(decibels: Tensor) -> Tensor:

@@ -133,6 +133,8 @@ def load_prior(name: str | Path, device: str | torch.device = "cpu", dtype: torc
     if len(prior.classes) > rows:
         raise ModelError(f"{folder / CONFIG}: names {len(prior.classes)} classes, the backbone has {rows}")
     prior = prior.to(device) if dtype is None else prior.to(device, dtype)
+    # For reports: which weights these were. A snapshot's folder on the Hub is named by its commit.
+    prior.__dict__["origin"] = {"path": str(folder), "sha256": config["sha256"]}
     return prior.eval().requires_grad_(False)
 
 
@@ -236,6 +238,8 @@ def import_unasdiff(source: str | Path | Mapping[str, Any]) -> Prior:
 
     The averaged weights ("ema") are taken, as its authors do. The embedding table tells the model:
     50 classes and the null row for sound, of which 41 have names, 1 and the null row for speech.
+    The speech model was only ever used with its one class: the null row becomes a copy of it, so
+    that "speech" without a label is what its authors ran.
     """
     content = source if isinstance(source, Mapping) else _load_pickle(Path(source))
     where = "the checkpoint" if isinstance(source, Mapping) else str(source)
@@ -253,7 +257,12 @@ def import_unasdiff(source: str | Path | Mapping[str, Any]) -> Prior:
     _check_state(state, backbone, where)
     backbone.load_state_dict(state)
     speech = num_classes == 1
-    classes = ("speech",) if speech else FSD_LABELS[:num_classes]
+    if speech:
+        with torch.no_grad():
+            for name, weight in backbone.named_parameters():
+                if name.startswith("class_embeddings."):
+                    weight[1] = weight[0]
+    classes = () if speech else FSD_LABELS[:num_classes]
     schedule = vp_linear(steps=200, beta_start=1e-4, beta_end=2e-2)
     kind = "speech" if speech else "sound"
     return Prior(backbone, schedule, sample_rate=16000, classes=classes, level=-22.5, kind=kind).eval()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from audiosep.stft import stft
+from audiosep.stft import window
 
 
 def time_loss(estimate: Tensor, mixture: Tensor, squared: bool = False) -> Tensor:
@@ -66,5 +66,7 @@ def _norm(x: Tensor, squared: bool) -> Tensor:
 
 
 def _magnitude(x: Tensor, n_fft: int, hop_length: int) -> Tensor:
-    bins = stft(x, n_fft, hop_length)
+    # The published code's frames: the last one is the last that starts within the signal, nothing is appended.
+    hann = window(n_fft, False, x.device, x.dtype)
+    bins = torch.stft(x, n_fft, hop_length, window=hann, center=True, return_complex=True)
     return (bins.real.square() + bins.imag.square() + 1e-20).sqrt()

@@ -56,7 +56,7 @@ class Schedule:
 
     def step_at(self, ratio: Tensor) -> Tensor:
         """Step, not rounded, whose level has the ratio (...); limited to 0..T-1."""
-        log = np.log(ratio.detach().cpu().double())
+        log = ratio.detach().cpu().double().log().numpy()
         t = np.interp(log, self.ratio.log(), np.arange(len(self)))
         return torch.from_numpy(np.asarray(t)).to(ratio.device)
 

@@ -578,7 +578,7 @@ class Job:
             "segments": self.segments,
             "segment_s": round(self.segment / self.sample_rate, 4),
             "overlap_s": round((self.segment - self.hop) / self.sample_rate, 4),
-            "evaluations": self.segments * self.steps * separator.samples * len(self.sources),
+            "network_evaluations": self.segments * self.steps * separator.samples * len(self.sources),
             "seconds": round(self.seconds, 3),
             "real_time_factor": round(self.seconds / duration, 4) if duration else None,
             "residual_db": round(decibel(self.residual_energy / size) - mixture_level, 2),

@@ -21,9 +21,13 @@ def window(n_fft: int, sqrt: bool, device: torch.device, dtype: torch.dtype) -> 
 
 
 def stft(x: Tensor, n_fft: int, hop_length: int, sqrt: bool = False) -> Tensor:
-    """Transform x (..., N) to complex (..., n_fft // 2 + 1, 1 + N // hop_length)."""
+    """Transform x (..., N) to complex (..., n_fft // 2 + 1, 1 + ceil(N / hop_length)).
+
+    Zeros are appended up to a whole hop, so that every sample lies between two frames' centres.
+    """
     half = n_fft // 2
     flat = x.reshape(-1, x.shape[-1])
+    flat = pad(flat, (0, -flat.shape[-1] % hop_length))
     mode = "reflect" if flat.shape[-1] > half else "constant"
     flat = pad(flat[:, None], (half, half), mode=mode)[:, 0]
     bins = torch.stft(
@@ -39,13 +43,9 @@ def stft(x: Tensor, n_fft: int, hop_length: int, sqrt: bool = False) -> Tensor:
 
 def istft(bins: Tensor, n_fft: int, hop_length: int, length: int, sqrt: bool = False) -> Tensor:
     """Invert :func:`stft`: bins (..., F, M) to a waveform (..., length)."""
-    flat = bins.reshape(-1, *bins.shape[-2:])
-    # The last samples may lie past the last frame's centre: one more frame of zeros covers them.
-    frames = length // hop_length + 2
-    flat = pad(flat, (0, frames - flat.shape[-1]))
     real = torch.float64 if bins.dtype == torch.complex128 else torch.float32
     wave = torch.istft(
-        flat,
+        bins.reshape(-1, *bins.shape[-2:]),
         n_fft,
         hop_length,
         window=window(n_fft, sqrt, bins.device, real),

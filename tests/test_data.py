@@ -39,7 +39,7 @@ def corpus(tmp_path_factory):
     def add(name, kind, label, wave, split="test", rate=RATE):
         (root / name).parent.mkdir(exist_ok=True)
         soundfile.write(root / name, wave, rate)
-        rows.append([name, split, kind, label, len(wave) / rate, name, "x"])
+        rows.append([name, split, kind, label, len(wave) / rate, label + "1", "x"])
 
     add("speech/a1.flac", "speech", "ann", tone(1.0, 200))
     add("speech/a2.flac", "speech", "ann", 0.1 * tone(1.5, 210))
@@ -80,6 +80,17 @@ def test_read_manifest_filters_and_sorts(corpus):
     assert read_manifest(corpus, root="elsewhere")[0].path.parts[0] == "elsewhere"
 
 
+def test_ids_do_not_depend_on_where_the_manifest_lies(corpus, tmp_path):
+    text = corpus.read_text()
+    moved = tmp_path / "moved.csv"
+    for kind in ("speech", "sound"):
+        text = text.replace(f"{kind}/", f"{corpus.parent}/{kind}/")
+    moved.write_text(text)
+    assert read_manifest(moved) == read_manifest(corpus)
+    moved.write_text("\n".join(text.splitlines()[:2]))
+    assert [item.id for item in read_manifest(moved)] == ["a1.flac"]
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
@@ -89,6 +100,8 @@ def test_read_manifest_filters_and_sorts(corpus):
         ("HEAD\na.wav,test,sound,x,nan,g\n", "duration_s"),
         ("HEAD\na.wav,test,sound\n", "fewer cells"),
         ("HEAD\na.wav,test,sound,,1,g\n", "can't be empty"),
+        ("HEAD\na.wav,test,sound,x,1,g\n/b.wav,test,sound,x,1,g\n", "partly absolute"),
+        ("HEAD\n,test,sound,x,1,g\n", "can't be empty"),
         ("HEAD\na.wav,train,sound,x,1,g\n", "no rows of test; it has train sound"),
     ],
 )

@@ -11,8 +11,12 @@ import torch
 from rich.console import Console
 
 from audiosep import evaluate
+from audiosep.backbones.triple_path_unet import TriplePathUNet
 from audiosep.data import MixtureDataset, read_manifest
 from audiosep.errors import UsageError
+from audiosep.prior import Prior
+from audiosep.schedules import vp_linear
+from audiosep.separator import Separator
 
 RATE = 16000
 
@@ -53,7 +57,7 @@ class Fake:
         noise *= 0.1 * truth.square().mean(-1, keepdim=True).sqrt()
         estimates = (truth + noise)[self.order or slice(None)]
         stems = {f"{name}_{k}": e[None] for k, (name, e) in enumerate(zip(sources, estimates))}
-        return SimpleNamespace(sources=stems, sample_rate=RATE, report={"evaluations": 60})
+        return SimpleNamespace(sources=stems, sample_rate=RATE, report={"network_evaluations": 60})
 
 
 def run(manifest, fake, task="1speech+1sound", count=4, **kwargs):
@@ -139,6 +143,10 @@ def test_rows_of_another_run_are_not_mixed_in(manifest, tmp_path):
         run(manifest, Fake(manifest, "2sound"), task="2sound", out=out)
     with pytest.raises(UsageError, match="items"):
         run(manifest, Fake(manifest, "1speech+1sound", classes=("rain",)), out=out)
+    fake = Fake(manifest, "1speech+1sound")
+    fake.priors["sound"].origin = {"sha256": "retrained"}
+    with pytest.raises(UsageError, match="weights"):
+        run(manifest, fake, out=out)
     out.write_text("hello\n")
     with pytest.raises(UsageError, match="not a file of rows"):
         run(manifest, Fake(manifest, "1speech+1sound"), out=out)
@@ -155,6 +163,21 @@ def test_an_error_names_the_mixture(manifest):
 
     with pytest.raises(UsageError, match=r"mixture 0 \(.*wav.*\): estimate and reference differ"):
         run(manifest, Short(manifest, "1speech+1sound"))
+
+
+def test_the_real_separator(manifest):
+    torch.manual_seed(0)
+    small = {"width": 8, "depth": (1, 1, 1, 1, 1), "heads": 2, "condition_dim": 8, "squeeze": 2, "patch": (4, 4)}
+    make = {"speech": (), "sound": ("Bark", "Door")}
+    priors = {
+        name: Prior(TriplePathUNet(num_classes=len(classes), **small), vp_linear(), classes=classes, kind=name)
+        for name, classes in make.items()
+    }
+    separator = Separator(priors, steps=2)
+    summary = run(manifest, separator, count=1, task="1speech+2sound")
+    assert summary["count"] == 1
+    assert summary["evaluations"] == 6
+    assert np.isfinite(summary["si_sdr"]["mean"])
 
 
 def test_tables(manifest):

@@ -17,9 +17,7 @@ class NoNoise(Noise):
         return torch.zeros(like.shape[0], rows, like.shape[-1])
 
 
-@pytest.mark.parametrize(
-    ("sampler", "name", "last"), [("hybrid", "hybrid", 0), ("dsg", "DSG", 0), ("dps", "DPS", 10)]
-)
+@pytest.mark.parametrize(("sampler", "name", "last"), [("hybrid", "hybrid", 0), ("dsg", "DSG", 0), ("dps", "DPS", 10)])
 def test_published_preset_reproduces_the_published_loop(gaussian, sampler, name, last):
     compared = 0
     for state in build(gaussian.joint, sampler, "published")(gaussian.mixture, NoNoise()):
@@ -92,9 +90,9 @@ def test_an_item_is_the_same_alone_and_in_a_batch(gaussian, sampler, preset):
 
 
 def test_wrong_names_and_numbers_are_refused(gaussian):
-    with pytest.raises(UsageError, match="dsp.*hybrid"):
+    with pytest.raises(UsageError, match=r"dsp.*hybrid"):
         build(gaussian.joint, "dsp")
-    with pytest.raises(UsageError, match="fast.*default"):
+    with pytest.raises(UsageError, match=r"fast.*default"):
         build(gaussian.joint, preset="fast")
     with pytest.raises(UsageError, match="at least 1"):
         build(gaussian.joint, steps=0)

@@ -18,9 +18,9 @@ def test_hybrid_strength_is_the_published_smooth_max(golden, gaussian):
     sampler = Hybrid(gaussian.joint)
     assert sampler.times == list(range(199, -1, -1))
     variance = [(sampler.alphas[i + 1] * sampler.spread(i)) ** 2 for i in range(200)][::-1]
-    assert np.allclose(variance, known["posterior_variance"], rtol=1e-5, atol=1e-12)
+    assert np.allclose(variance, known["posterior_variance"], rtol=3e-4, atol=1e-12)  # float32 there
     strength = [sampler.strength(i) for i in range(200)][::-1]
-    assert np.allclose(strength, known["smooth_max"], rtol=1e-5)
+    assert np.allclose(strength, known["smooth_max"], rtol=3e-4)
 
 
 @pytest.mark.parametrize("schedule", [vp_linear(), ve(50, 1e-3, 2.0)])

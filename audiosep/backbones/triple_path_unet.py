@@ -238,11 +238,10 @@ class TriplePathUNet(nn.Module):
         conditions = [time + table(label) for time, table in zip(times, self.class_embeddings)]
 
         hop = self.n_fft // 2
-        frames = x_t.shape[-1] // hop + 1
-        step_frames = 4 * self.patch[1]
-        target = math.ceil(frames / step_frames) * step_frames
-        length = x_t.shape[-1] + (target - frames) * hop
-        spectrum = stft(pad(x_t, (0, length - x_t.shape[-1])).float(), self.n_fft, hop, sqrt=True)
+        multiple = 4 * self.patch[1]
+        frames = math.ceil((math.ceil(x_t.shape[-1] / hop) + 1) / multiple) * multiple
+        padded = pad(x_t, (0, frames * hop - x_t.shape[-1])).float()
+        spectrum = stft(padded, self.n_fft, hop, sqrt=True)[..., :frames]
 
         h = self.stem(self._features(spectrum).to(self.stem.weight.dtype)).permute(0, 3, 2, 1)  # (B, M, F, C)
         skip_1 = self._stage(self.encoder_1, h, conditions[0])
@@ -258,7 +257,7 @@ class TriplePathUNet(nn.Module):
         estimate = torch.complex(h[:, 0].contiguous(), h[:, 1].contiguous())
         if self.head == "mask":
             estimate = estimate / (1 + h.square().sum(1).add(1e-12).sqrt()) * spectrum
-        return istft(estimate, self.n_fft, hop, length, sqrt=True)[:, : x_t.shape[-1]]
+        return istft(estimate, self.n_fft, hop, x_t.shape[-1], sqrt=True)
 
     def _features(self, spectrum: Tensor) -> Tensor:
         parts = torch.view_as_real(spectrum).permute(0, 3, 1, 2)
