@@ -300,7 +300,8 @@ class Separator:
                         info.sample_rate,
                         info.channels,
                         format=format,
-                        subtype=subtype or info.subtype,
+                        subtype=subtype or audio.subtype_for(info, suffix),
+                        frames=info.frames,
                     )
                 )
                 for name, target in paths.items()

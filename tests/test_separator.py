@@ -22,6 +22,12 @@ def make(tiny_prior):
     return separator
 
 
+def adds_up(parts, wave):
+    """Whether float32 stems add up to the recording: to the last bit of the loudest of them."""
+    parts = [np.asarray(part, np.float64) for part in parts]
+    return np.abs(sum(parts) - wave).max() <= 2**-23 * max(np.abs(part).max() for part in parts)
+
+
 def recording(channels=1, seconds=1.0, rate=16000, seed=0):
     rng = np.random.default_rng(seed)
     return (0.1 * rng.standard_normal((channels, round(seconds * rate)))).astype(np.float32)
@@ -35,8 +41,8 @@ def test_stems_have_the_recording_s_shape_and_add_up_to_it(make, rate, seconds):
     assert list(result.sources) == ["speech", "sound"]
     assert result.sample_rate == rate
     assert all(stem.shape == wave.shape and stem.dtype == wave.dtype for stem in result.sources.values())
-    assert np.abs(sum(result.sources.values()) - wave).max() < 2e-7
-    assert np.abs(result.residual).max() < 2e-7
+    assert adds_up(result.sources.values(), wave)
+    assert np.abs(result.residual).max() < 1e-6
     assert result.report["residual_db"] < -100
 
 
@@ -88,7 +94,7 @@ def test_a_silent_channel_beside_a_loud_one_is_left_silent(make):
     wave[1] = 0
     result = make()(wave, 16000)
     assert all((stem[1] == 0).all() for stem in result.sources.values())
-    assert np.abs(sum(result.sources.values()) - wave).max() < 2e-7
+    assert adds_up(result.sources.values(), wave)
 
 
 def test_names_are_classes_priors_and_numbers(make):
@@ -137,7 +143,7 @@ def test_several_samples_give_mean_best_and_spread(make):
     assert result.sources.keys() == result.best.keys() == result.spread.keys()
     assert all((spread >= 0).all() and spread.max() > 0 for spread in result.spread.values())
     for sources in (result.sources, result.best):
-        assert np.abs(sum(sources.values()) - recording(1, 1.5)).max() < 1e-6
+        assert adds_up(sources.values(), recording(1, 1.5))
     assert all(row["spread_db"] < 40 for row in result.report["sources"].values())
 
 
@@ -154,7 +160,7 @@ def test_progress_counts_every_step_of_every_segment(make):
 def test_every_sampler_runs_in_every_preset(make, sampler, preset):
     wave = recording()
     result = make(sampler=sampler, preset=preset)(wave, 16000)
-    assert np.abs(sum(result.sources.values()) - wave).max() < 2e-7
+    assert adds_up(result.sources.values(), wave)
     assert result.report["sampler"]["name"] == sampler
 
 
@@ -162,15 +168,15 @@ def test_unprojected_stems_and_residual_add_up(make):
     wave = recording(1, 1.3, 44100)
     result = make(sampler="hybrid", consistent=False)(wave, 44100)
     assert np.abs(result.residual).max() > 1e-3
-    assert np.abs(sum(result.sources.values()) + result.residual - wave).max() < 2e-7
+    assert adds_up([*result.sources.values(), result.residual], wave)
 
 
 @pytest.mark.parametrize(
-    ("subtype", "tolerance"), [("FLOAT", 3e-7), ("PCM_16", 1.01 / 2**15), ("PCM_24", 1.01 / 2**23)]
+    ("subtype", "tolerance"), [("FLOAT", 1e-7), ("PCM_16", 1.01 / 2**15), ("PCM_24", 1.01 / 2**23)]
 )
 def test_files_add_up_to_the_last_bit_of_their_format(make, tmp_path, subtype, tolerance):
     path = tmp_path / "録音.wav"
-    sf.write(path, recording(2, 2.2, 22050).T, 22050, subtype=subtype)
+    sf.write(path, 0.05 * recording(2, 2.2, 22050).T, 22050, subtype=subtype)
     report = make().separate_file(path, tmp_path / "out")
     stems = [sf.read(file)[0] for file in report["files"].values()]
     original, rate = sf.read(path)
@@ -193,8 +199,7 @@ def test_with_residual_the_files_still_complete_the_sum(make, tmp_path):
     audio.write(tmp_path / "mix.wav", wave, 24000, "FLOAT")
     report = make(sampler="dsg").separate_file(tmp_path / "mix.wav", tmp_path / "o", residual=True)
     assert list(report["files"]) == ["speech", "sound", "residual"]
-    total = sum(audio.read(file)[0] for file in report["files"].values())
-    assert np.abs(total - wave).max() < 3e-7
+    assert adds_up([audio.read(file)[0] for file in report["files"].values()], wave)
 
 
 def test_a_file_that_breaks_half_way_leaves_nothing_behind(make, tmp_path):
