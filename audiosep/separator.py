@@ -564,9 +564,7 @@ class Job:
                 "duration_s": round(duration, 4),
                 "level_dbfs": round(mixture_level, 2),
             },
-            "models": {
-                name: {"name": name, **getattr(prior, "origin", {})} for name, prior in separator.priors.items()
-            },
+            "models": {name: {"name": name, **prior.origin} for name, prior in separator.priors.items()},
             "sampler": {
                 "name": separator.sampler or PRESETS[separator.preset],
                 "preset": separator.preset,
