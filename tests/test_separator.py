@@ -17,7 +17,7 @@ def make(tiny_prior):
             "speech": tiny_prior(kind="speech", seed=1),
             "sound": tiny_prior(num_classes=3, classes=["Bark", "Bell", "Rain"], seed=2),
         }
-        return Separator(priors, **{"steps": 2, "segment": 1.0, **options})
+        return Separator(priors, **{"steps": 2, "segment": 1.0, "samples": 1, **options})
 
     return separator
 
@@ -145,6 +145,14 @@ def test_several_samples_give_mean_best_and_spread(make):
     for sources in (result.sources, result.best):
         assert adds_up(sources.values(), recording(1, 1.5))
     assert all(row["spread_db"] < 40 for row in result.report["sources"].values())
+
+
+def test_the_default_preset_averages_samples_without_ranking_them(make):
+    result = make(samples=None)(recording(), 16000)
+    assert result.report["sampler"]["samples"] > 1
+    assert result.spread
+    assert not result.best
+    assert result.report["network_evaluations"] == 2 * 2 * result.report["sampler"]["samples"]
 
 
 def test_progress_counts_every_step_of_every_segment(make):

@@ -26,7 +26,7 @@ from audiosep.samplers.gradient import DPS, DSG, Hybrid
 from audiosep.samplers.mmps import MomentMatching
 from audiosep.schedules import ve, vp_linear
 
-__all__ = ["PRESETS", "SAMPLERS", "Noise", "Sampler", "State", "build"]
+__all__ = ["PRESETS", "SAMPLERS", "SAMPLES", "Noise", "Sampler", "State", "build"]
 
 SAMPLERS: dict[str, type[Sampler]] = {
     "hybrid": Hybrid,
