@@ -452,14 +452,11 @@ class Job:
             # The channels of a segment share their noise, so that identical channels give identical stems.
             seeds = [mix_seed(separator.seed, self.segments + i // channels, sample) for i in range(len(rows))]
             x = self._run_sampler(rows * gain, Noise(seeds), count)
-            if separator.rank:
-                score = self._log_likelihood(x).view(count, channels).mean(1)
-            else:
-                score = torch.zeros(count)
+            score = self._log_likelihood(x) if separator.rank else torch.zeros(len(x))
+            scores.append(score.view(count, channels).mean(1).cpu())
             sources = torch.where(silent[..., None], 0.0, x / gain[..., None])
             sources = sources.view(count, channels, len(self.sources), length).transpose(1, 2)
             drawn.append(sources.cpu())
-            scores.append(score.cpu())
         return torch.stack(drawn), torch.stack(scores)
 
     def _run_sampler(self, y: Tensor, noise: Noise, count: int) -> Tensor:

@@ -39,8 +39,12 @@ SAMPLERS: dict[str, type[Sampler]] = {
 # Which sampler a preset means when none is named.
 PRESETS = {"default": "mmps", "published": "hybrid", "paper": "hybrid"}
 
-DEFAULT_STEPS = 30
-DEFAULT_LEVELS = (
+DEFAULT_STEPS = 12
+DEFAULT_LEVELS = (2e-3, 1.5)  # least and most noise relative to full scale, for signals near -22.5 dBFS
+
+# Posterior samples that a separator averages when none are asked for. The mean of four has 5/8 of one sample's squared
+# error, and costs `default` 48 network evaluations against the 200 of one published run.
+SAMPLES = {"default": 4, "published": 1, "paper": 1}
     1e-3,
     1.5,
 )  # least and most noise relative to full scale, for signals near -22.5 dBFS
