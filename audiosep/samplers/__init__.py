@@ -40,14 +40,12 @@ SAMPLERS: dict[str, type[Sampler]] = {
 PRESETS = {"default": "mmps", "published": "hybrid", "paper": "hybrid"}
 
 DEFAULT_STEPS = 12
-DEFAULT_LEVELS = (2e-3, 1.5)  # least and most noise relative to full scale, for signals near -22.5 dBFS
+# Least and most noise relative to full scale, for signals near -22.5 dBFS.
+DEFAULT_LEVELS = (2e-3, 1.5)
 
 # Posterior samples that a separator averages when none are asked for. The mean of four has 5/8 of one sample's squared
 # error, and costs `default` 48 network evaluations against the 200 of one published run.
 SAMPLES = {"default": 4, "published": 1, "paper": 1}
-    1e-3,
-    1.5,
-)  # least and most noise relative to full scale, for signals near -22.5 dBFS
 
 
 def build(
