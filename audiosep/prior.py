@@ -89,6 +89,13 @@ class Prior(nn.Module):
         """Standard deviation of the training signals."""
         return 10 ** (self.level / 20)
 
+    def checkpoint_activations(self, on: bool) -> bool:
+        """Recompute activations in backward passes, or not; returns whether that changed anything."""
+        if getattr(self.backbone, "checkpointing", on) == on:
+            return False
+        self.backbone.checkpointing = on  # type: ignore[assignment]
+        return True
+
     def denoise(self, x_t: Tensor, t: Tensor, label: Tensor | None = None, schedule: Schedule | None = None) -> Tensor:
         """Expected clean signal given a noisy one.
 
