@@ -123,7 +123,7 @@ def separate(
     device: Device = "auto",
     segment: Annotated[
         float | None,
-        typer.Option(min=0.1, help="Seconds separated at once.  [default: the priors']"),
+        typer.Option(min=0.1, help="Seconds separated at once.  [default: 4]"),
     ] = None,
     overlap: Annotated[float, typer.Option(min=0.0, max=0.5, help="Share of a segment that overlaps the next.")] = 0.25,
     steps: Steps = None,
@@ -294,7 +294,7 @@ def evaluate(
 
 @models_app.command("list")
 def models_list(as_json: AsJson = False, verbose: Verbose = False) -> None:
-    """The checkpoints that are here: shipped ones, and downloaded ones."""
+    """The checkpoints that ship with audiosep."""
     with _errors(verbose):
         from audiosep import hub
 
@@ -354,7 +354,7 @@ def models_import(
         from audiosep import hub
 
         prior = hub.import_unasdiff(file)
-        card = {"title": f"UnaSDiff, imported from {file.name}", "licence": "none stated"}
+        card = hub.UNASDIFF_CARD | {"title": f"UnaSDiff source prior, imported from {file.name}"}
         hub.save_prior(prior, folder, card, torch.float32)  # outputs stay those published
         print(folder)
 

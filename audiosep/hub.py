@@ -170,8 +170,14 @@ def save_prior(
 
 
 def find(name: str | Path) -> Path:
-    """The folder of a checkpoint: an existing folder, a shipped name, or from the Hub."""
+    """The folder of a checkpoint: a shipped name, an existing folder, or from the Hub.
+
+    A bare name is the shipped checkpoint even where a folder is called so; ./name is always the folder.
+    """
     path = Path(name)
+    for shelf in _SHELVES:
+        if str(name) == path.name and (shelf / path / CONFIG).is_file():
+            return shelf / path
     if path.is_dir():
         return path
     if path.is_file():
@@ -179,9 +185,6 @@ def find(name: str | Path) -> Path:
             f"{name} is a file, a checkpoint is a folder; "
             "`audiosep models import` turns published UnaSDiff weights into one"
         )
-    for shelf in _SHELVES:
-        if (shelf / str(name) / CONFIG).is_file():
-            return shelf / str(name)
     match = _HUB_NAME.fullmatch(str(name))
     if match:
         return _from_hub(match[1], match[2])
