@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from audiosep.errors import UsageError
 
-__all__ = ["rank", "shard", "world_size"]
+__all__ = ["local_rank", "rank", "shard", "world_size"]
 
 Element = TypeVar("Element")
 
@@ -16,6 +16,11 @@ Element = TypeVar("Element")
 def rank() -> int:
     """This process's number, 0 when it is alone."""
     return _number("RANK", 0)
+
+
+def local_rank() -> int:
+    """This process's number on its machine."""
+    return _number("LOCAL_RANK", 0)
 
 
 def world_size() -> int:

@@ -230,7 +230,7 @@ def test_a_signal_ends_a_run_in_good_order(tmp_path):
     assert losses(tmp_path) == losses(tmp_path / "whole")
 
 
-def test_blocks_of_many_widths_are_all_compiled(monkeypatch):
+def test_blocks_of_many_widths_are_all_compiled():
     class Block(nn.Module):
         def __init__(self, width):
             super().__init__()
@@ -244,10 +244,10 @@ def test_blocks_of_many_widths_are_all_compiled(monkeypatch):
     names = list(model.state_dict())
     torch._dynamo.reset()
     compile_blocks(model, backend="eager")
-    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
-    for width, block in enumerate(model.blocks, 1):
-        x = torch.ones(2, width)
-        torch.testing.assert_close(block(x), x + block.linear(x).tanh())
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for width, block in enumerate(model.blocks, 1):
+            x = torch.ones(2, width)
+            torch.testing.assert_close(block(x), x + block.linear(x).tanh())
     assert list(model.state_dict()) == names
     torch._dynamo.reset()
 
@@ -308,21 +308,21 @@ def test_two_processes_have_the_losses_of_one(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_compiled_network_has_the_losses_of_the_plain_one(monkeypatch):
+def test_a_compiled_network_has_the_losses_of_the_plain_one():
     torch.manual_seed(0)
     net = TriplePathUNet(3, width=16, depth=(2, 2, 2, 2, 2), heads=2, patch=(4, 4), head="mask")
     prior = Prior(net, ve(), parameterization="edm", classes=list("abc"))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
     batches = [
         {"wave": 0.07 * torch.randn(2, n), "label": torch.tensor([0, 3]), "index": [5, 6], "seed": [7, 8]}
         for n in (4000, 9000)
     ]
     plain = [prior.loss(batch) for batch in batches]
     compile_blocks(prior, backend="aot_eager")
-    for batch, expected in zip(batches, plain):
-        torch.testing.assert_close(prior.loss(batch), expected)
-        prior.loss(batch).mean().backward()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for batch, expected in zip(batches, plain):
+            torch.testing.assert_close(prior.loss(batch), expected)
+            prior.loss(batch).mean().backward()
     assert not torch._dynamo.utils.counters["graph_break"]
     torch._dynamo.reset()
