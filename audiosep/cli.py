@@ -40,7 +40,7 @@ _SETTINGS: dict[str, Any] = {
     "context_settings": {"help_option_names": ["-h", "--help"]},
 }
 app = typer.Typer(add_completion=True, **_SETTINGS)
-models_app = typer.Typer(help="List, show and import checkpoints.", **_SETTINGS)
+models_app = typer.Typer(help="List, show, import, fetch and publish checkpoints.", **_SETTINGS)
 app.add_typer(models_app, name="models")
 
 Preset = StrEnum("Preset", ["default", "published", "paper"])
@@ -405,6 +405,32 @@ def models_import(
         card = {"title": f"UnaSDiff, imported from {file.name}", "licence": "none stated"}
         hub.save_prior(prior, folder, card, torch.float32)  # outputs stay those published
         print(folder)
+
+
+@models_app.command("download")
+def models_download(
+    name: Annotated[str, typer.Argument(metavar="ORG/NAME[@REVISION]", help="A checkpoint on the Hub.")],
+    verbose: Verbose = False,
+) -> None:
+    """Fetch a checkpoint from the Hub; print its folder in the cache."""
+    with _errors(verbose):
+        from audiosep import hub
+
+        print(hub.download(name))
+
+
+@models_app.command("push")
+def models_push(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint's folder.")],
+    name: Annotated[str, typer.Argument(metavar="ORG/NAME", help="Where on the Hub; made if it isn't there.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a new one private.")] = False,
+    verbose: Verbose = False,
+) -> None:
+    """Put a checkpoint on the Hub; print the commit's address. HF_TOKEN is used."""
+    with _errors(verbose):
+        from audiosep import hub
+
+        print(hub.push(folder, name, private=private))
 
 
 @app.command()
