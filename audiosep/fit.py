@@ -90,13 +90,34 @@ def run_folder(out: str | Path) -> Path:
 
 
 def build_prior(tables: Mapping[str, Any], classes: Sequence[str]) -> Prior:
-    """The untrained prior of a recipe."""
+    """The prior of a recipe: untrained, or with the weights of the checkpoint that `prior.start` names."""
+    table = dict(tables.get("prior", {}))
+    start = table.pop("start", None)
     more = {} if "num_classes" in tables.get("backbone", {}) else {"num_classes": len(classes)}
     backbone = _named(hub.BACKBONES, tables, "backbone", "triple_path_unet", **more)
     if len(classes) > backbone.num_classes:
         raise UsageError(f"backbone.num_classes is {backbone.num_classes}, the recordings have {len(classes)} classes")
     schedule = _named(hub.SCHEDULES, tables, "schedule", "ve")
-    return build(Prior, tables.get("prior", {}), "prior", backbone=backbone, schedule=schedule, classes=classes)
+    prior = build(Prior, table, "prior", backbone=backbone, schedule=schedule, classes=classes)
+    if start is not None:
+        _start(prior, hub.load_prior(start), start)
+    return prior
+
+
+def _start(prior: Prior, other: Prior, name: str) -> None:
+    """Take over the weights of `other`; classes by their names, one that it doesn't know begins as its null class."""
+    known = {label.casefold(): i for i, label in enumerate(other.classes)}
+    rows = [known.get(label.casefold(), other.null) for label in prior.classes]
+    rows += [other.null] * (prior.null + 1 - len(rows))
+    weights = {
+        key: value[rows] if key.startswith("class_embeddings.") else value
+        for key, value in other.backbone.state_dict().items()
+    }
+    try:
+        prior.backbone.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1].strip()
+        raise UsageError(f"prior.start: {name} is another network than the recipe's: {reason}") from error
 
 
 def _named(makers: Mapping[str, Any], tables: Mapping[str, Any], table: str, default: str, **more: Any) -> Any:

@@ -109,6 +109,22 @@ def test_a_recipe_becomes_a_checkpoint(capsys):
     assert list(result.sources) == ["beep", "hum"]
 
 
+def test_a_run_may_start_from_another_prior(tiny_prior, capsys):
+    net = {"width": 8, "depth": [1] * 5, "heads": 2, "condition_dim": 16, "squeeze": 4, "n_fft": 126, "head": "mask"}
+    other = tiny_prior(num_classes=3, classes=["Gong", "HUM", "Beep"])
+    hub.save_prior(other, "other", {}, torch.float32)
+    tables = {"prior": {"start": "other", "parameterization": "edm"}, "backbone": net}
+    prior = build_prior(tables, ["Beep", "Hum", "New"])
+    mine, theirs = prior.backbone.class_embeddings[0].weight, other.backbone.class_embeddings[0].weight
+    assert torch.equal(mine, theirs[[2, 1, 3, 3]])
+    assert torch.equal(prior.backbone.stem.weight, other.backbone.stem.weight)
+    settings = ["--set", "probe.mixtures=0", "--set", "probe.samples=0", "-d", "cpu", "-q"]
+    assert run("train", "tones.toml", "--set", "prior.start=other", *settings) == 0
+    assert run("train", "tones.toml", "--set", "prior.start=other", "--set", "backbone.width=16", *settings) == 2
+    assert "other is another network than the recipe's: size mismatch" in capsys.readouterr().err
+    assert run("train", "tones.toml", "--set", "prior.start=none", *settings) == 3
+
+
 def test_a_prior_of_any_sound_without_classes():
     settings = ["--set", "data.least=99", "--set", "train.max_steps=1", "--set", "probe.samples=0"]
     assert run("train", "tones.toml", *settings, "-d", "cpu", "-q") == 0
