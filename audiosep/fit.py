@@ -65,7 +65,7 @@ def fit(
     def save(average: torch.nn.Module, facts: dict[str, Any]) -> None:
         assert isinstance(average, Prior)
         rows = train.read_log(run_folder(out))
-        facts = {**_facts(options, windows, facts), "device": str(next(average.parameters()).device.type)}
+        facts = {**_facts(options, windows, facts), "device": _device_name(next(average.parameters()).device)}
         hub.save_prior(average, out, {**data.card(), **card, "metrics": probe.metrics(rows), "training": facts})
 
     return train.train(
@@ -335,6 +335,10 @@ def draw(prior: Prior, labels: Sequence[int], length: int, steps: int = 50, seed
     return x
 
 
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def _card(
     title: str | None = None,
     description: str | None = None,
@@ -354,7 +358,7 @@ def _facts(options: train.Options, windows: SourceDataset, facts: Mapping[str, A
         "steps": facts["step"],
         "windows per step": f"{options.batch_size} of {windows.segment:g} s ({seen:.1f} h in all)",
         "optimiser": f"AdamW, learning rate {options.learning_rate:g}, {options.decay}",
-        "average of the weights": options.ema,
+        "average of the weights": f"exponential, {options.ema:g} a step",
         "precision": options.precision,
         "minutes": facts["seconds"] / 60,
     }

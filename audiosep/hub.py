@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from audiosep import __version__
@@ -161,7 +161,7 @@ def save_prior(
     partial = folder.parent / f".{folder.name}.{os.getpid()}.partial"
     try:
         partial.mkdir(parents=True)
-        save_file(_stored(prior.backbone, dtype), partial / WEIGHTS)
+        (partial / WEIGHTS).write_bytes(save(_stored(prior.backbone, dtype)))
         config = _config(prior, card) | {"sha256": _sha256(partial / WEIGHTS)}
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
         (partial / CONFIG).write_text(text, encoding="utf-8")

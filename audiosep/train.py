@@ -41,7 +41,7 @@ __all__ = ["LOG", "STATE", "Options", "compile_blocks", "read_log", "train"]
 
 STATE, LOG = "state.safetensors", "log.jsonl"
 LEVELS = 8  # bins of the noise level in the log
-PREFETCH = 4  # batches that a worker prepares ahead
+PREFETCH = 2  # batches that a worker prepares ahead, in shared memory
 AGREE = 10  # steps between two agreements of several processes on time and signals
 
 log = logging.getLogger("audiosep.train")
@@ -185,15 +185,15 @@ def train(
         batches = _batches(dataset, options, share, run.step, accelerator.device)
         if run.step == 0 and options.probe_every:
             run.examine()  # what is broken shows now, not after hours
-        started, fraction, stopping = run.step, 0.0, False
+        started, seconds, stopping = run.step, run.seconds(), False
         with _signals() as signalled:
             while True:
                 if world == 1 or run.step % AGREE == 0:
-                    late = stop_minutes is not None and run.here() > 60 * stop_minutes
-                    fraction = options.fraction(run.step, run.seconds())
-                    stopping = bool(signalled) or late
+                    seconds = run.seconds()
+                    stopping = bool(signalled) or (stop_minutes is not None and run.here() > 60 * stop_minutes)
                     if world > 1:
-                        fraction, stopping = _agreed(accelerator.device, fraction, stopping)
+                        seconds, stopping = _agreed(accelerator.device, seconds, stopping)
+                fraction = options.fraction(run.step, seconds)
                 finished = fraction >= 1 or run.step == options.max_steps
                 if finished or stopping:
                     break
@@ -244,10 +244,11 @@ class _Run:
         self.sums = torch.zeros(3 + 2 * LEVELS, device=accelerator.device)
         if (folder / STATE).exists():
             self._restore(folder / STATE)
-        self.averaged, self.weights = _pairs(self.average, model)
         if options.compile:
             compile_blocks(model)
         self.stepper, self.optimizer = accelerator.prepare(_Loss(model), self.adam)
+        # Not before: with several processes the weights lie elsewhere from here on.
+        self.averaged, self.weights = _pairs(self.average, model)
         accelerator.wait_for_everyone()
         if self.main:
             folder.mkdir(parents=True, exist_ok=True)
@@ -462,11 +463,11 @@ def _share(options: Options, world: int) -> int:
     return share
 
 
-def _agreed(device: torch.device, fraction: float, stopping: bool) -> tuple[float, bool]:
+def _agreed(device: torch.device, seconds: float, stopping: bool) -> tuple[float, bool]:
     """The first process's clock, and whether any process was told to stop."""
     import torch.distributed as dist
 
-    clock = torch.tensor([fraction], device=device, dtype=torch.float32)
+    clock = torch.tensor([seconds], device=device, dtype=torch.float32)
     told = torch.tensor([float(stopping)], device=device)
     dist.broadcast(clock, 0)
     dist.all_reduce(told)

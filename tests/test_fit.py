@@ -2,6 +2,9 @@
 
 import csv
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +22,7 @@ pytest.importorskip("accelerate")
 pytest.importorskip("tensorboard")
 
 RATE = 16000
+ROOT = Path(__file__).parents[1]
 RECIPE = """
 [prior]
 kind = "sound"
@@ -123,6 +127,24 @@ def test_a_run_may_start_from_another_prior(tiny_prior, capsys):
     assert run("train", "tones.toml", "--set", "prior.start=other", "--set", "backbone.width=16", *settings) == 2
     assert "other is another network than the recipe's: size mismatch" in capsys.readouterr().err
     assert run("train", "tones.toml", "--set", "prior.start=none", *settings) == 3
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_prior():
+    settings = [
+        word
+        for s in ("probe.mixtures=0", "probe.samples=0", "train.save_every=9", "data.cache=cache")
+        for word in ("--set", s)
+    ]
+    words = ["-m", "audiosep", "train", "tones.toml", *settings, "-d", "cpu"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    two = subprocess.run([*launch, *words, "-o", "two"], env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    assert two.stdout == "two\n"
+    subprocess.run([sys.executable, *words, "-o", "one"], env=environment, stdout=subprocess.DEVNULL, check=True)
+    for ours, theirs in zip(read_log("two.run"), read_log("one.run"), strict=True):
+        for key in ours.keys() & {"loss", "gradient", "probe/denoising"}:
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-4)
 
 
 def test_a_prior_of_any_sound_without_classes():

@@ -126,10 +126,11 @@ def test_the_schedule_follows_the_nearer_budget():
             Options(**({"max_steps": 3} if wrong else {}) | wrong)
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, precision):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     first = Model()
-    go(whole, first)
+    go(whole, first, precision=precision)
     stopped = iter([False] * 7)
 
     class Stop(Exception):
@@ -140,14 +141,14 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
             raise Stop
 
     with pytest.raises(Stop):  # at step 8: the state is that of step 5, between two rows of the log
-        go(parts, progress=progress)
+        go(parts, progress=progress, precision=precision)
     assert losses(parts)[-1][0] == 8
     second = Model()
-    go(parts, second, resume=True)
+    go(parts, second, resume=True, precision=precision)
     assert losses(parts) == losses(whole)
     for name, value in first.state_dict().items():
         assert torch.equal(value, second.state_dict()[name]), name
-    go(parts, resume=True, max_steps=14)
+    go(parts, resume=True, max_steps=14, precision=precision)
     assert losses(parts)[-1][0] == 14
 
 
@@ -252,6 +253,34 @@ def test_blocks_of_many_widths_are_all_compiled():
     torch._dynamo.reset()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_training_on_a_gpu(tmp_path, precision):
+    torch.manual_seed(0)
+    net = TriplePathUNet(3, width=32, depth=(1, 1, 1, 1, 1), heads=2, patch=(4, 4), head="mask", adaln_zero=True)
+    prior = Prior(net, ve(), parameterization="edm", classes=list("abc"))
+
+    class Tones(Numbers):
+        def __getitem__(self, index):
+            wave = 0.1 * torch.sin(0.01 * (1 + index % 7) * torch.arange(8000.0) + index)
+            return {"wave": wave, "label": index % 4}
+
+    chosen = Options(
+        max_steps=60,
+        batch_size=8,
+        precision=precision,
+        compile=precision == "bf16",
+        workers=2,
+        log_every=10,
+        save_every=30,
+        probe_every=0,
+        warmup=10,
+    )
+    result = train(prior, Tones(), tmp_path, chosen, level=lambda batch: prior.steps_of(batch["index"]) / 199)
+    assert result["loss"] < 0.9 * losses(tmp_path)[0][1]
+    assert train(prior, Tones(), tmp_path, chosen, resume=True)["step"] == 60
+
+
 SCRIPT = """
 import sys
 sys.path[:0] = [{tests!r}, {root!r}]
@@ -290,9 +319,8 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_have_the_losses_of_one(tmp_path):
+def test_two_processes_have_the_losses_and_weights_of_one(tmp_path):
     folder, path = tmp_path / "two", script(tmp_path)
-    go(tmp_path / "one")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(path)]
     for budget in (7, 12):  # the second launch resumes
         changes = {"max_steps": budget, "decay": "constant", "save_every": 7}
@@ -304,6 +332,9 @@ def test_two_processes_have_the_losses_of_one(tmp_path):
     for key in ("loss", "gradient"):
         ours, theirs = ([row[key] for row in rows] for rows in (two, one))
         torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs))
+    averages = [module._read(path / STATE)[1] for path in (folder, tmp_path / "constant")]
+    for name in averages[0]:
+        torch.testing.assert_close(averages[0][name], averages[1][name], rtol=1e-4, atol=1e-6)
     assert json.loads((folder / LOG).read_text().splitlines()[0])["step"] == 2
 
 
