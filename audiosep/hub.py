@@ -137,9 +137,9 @@ def load_prior(name: str | Path, device: str | torch.device = "cpu", dtype: torc
         raise ModelError(f"{folder / CONFIG}: names {len(prior.classes)} classes, the backbone has {rows}")
     prior = prior.to(device) if dtype is None else prior.to(device, dtype)
     # For reports: which weights these were. A snapshot's folder in the Hub's cache is named by its commit.
-    prior.__dict__["origin"] = {"path": str(folder), "sha256": config["sha256"]}
+    prior.origin = {"path": str(folder), "sha256": config["sha256"]}
     if folder.parent.name == "snapshots":
-        prior.__dict__["origin"]["revision"] = folder.name
+        prior.origin["revision"] = folder.name
     return prior.eval().requires_grad_(False)
 
 

@@ -68,6 +68,7 @@ class Prior(nn.Module):
         self.sample_rate, self.classes, self.level = sample_rate, tuple(classes), level
         self.kind, self.parameterization = kind, parameterization
         self.label_dropout = label_dropout
+        self.origin: dict[str, Any] = {}  # name, folder, hash: where it was loaded from, for reports
         self.null = int(getattr(backbone, "num_classes", 0))  # the null class's number
 
     @property

@@ -295,6 +295,7 @@ def test_bar(capsys):
         callback(1, 4, "separating")
         bar.note("a note")
         callback(4, 4, "done")
+        bar.ended("[b]mix[/b].wav")
         bar.result("a result")
     out, err = capsys.readouterr()
     assert out == "a result\n"
