@@ -176,7 +176,8 @@ class _Data:
 
 
 class Probe:
-    """Where a run is going: the denoising loss of held-out windows by noise level, samples, a separation score.
+    """Where a run is going: the denoising loss of held-out windows by noise level, samples, a separation score (of one
+    posterior sample each, where the separator takes the mean of several).
 
     Args:
         windows: held-out windows.
@@ -299,7 +300,7 @@ class Probe:
         priors = {self.kind: prior}
         if self.partner is not None:
             priors[next(kind for kind in KINDS if kind != self.kind)] = self.partner
-        separator = Separator(priors, device=next(prior.parameters()).device)
+        separator = Separator(priors, samples=1, device=next(prior.parameters()).device)
         scores = []
         for i in range(len(self.mixtures)):
             item = self.mixtures[i]

@@ -262,7 +262,14 @@ def test_own_sounds_from_folders_to_a_prior_that_separates(tmp_path, monkeypatch
         assert caught.value.code == 0, capsys.readouterr().err
 
     small = ["backbone.width=8", "backbone.n_fft=126", "backbone.patch=[1,1]", "backbone.heads=2", "data.segment=0.4"]
-    few = ["train.max_minutes=60", "train.max_steps=2", "train.batch_size=2", "probe.steps=2", "probe.mixtures=0"]
+    few = [
+        "train.max_minutes=60",
+        "train.max_steps=2",
+        "train.batch_size=2",
+        "probe.windows=2",
+        "probe.steps=2",
+        "probe.mixtures=0",
+    ]
     settings = [word for setting in small + few for word in ("--set", setting)]
     run("train", RECIPES / "own/sound.toml", "-o", "my-prior", "-d", "cpu", *settings)
     assert len(list(Path("my-prior.run/samples").glob("*.html"))) == 2
