@@ -66,6 +66,8 @@ def fit(
         assert isinstance(average, Prior)
         rows = train.read_log(run_folder(out))
         facts = {**_facts(options, windows, facts), "device": _device_name(next(average.parameters()).device)}
+        if windows.failed:
+            facts["recordings left out, as they can't be decoded"] = len(windows.failed)
         hub.save_prior(average, out, {**data.card(), **card, "metrics": probe.metrics(rows), "training": facts})
 
     return train.train(

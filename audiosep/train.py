@@ -180,11 +180,12 @@ def train(
     if (folder / STATE).exists() and not resume:
         raise UsageError(f"{folder} holds a run: resume it (--resume), or choose another folder")
     same = {"seed": options.seed, "batch_size": options.batch_size, **(about or {})}
+    last = options.max_steps or len(dataset) // options.batch_size
     with _accelerator(options, device) as accelerator:
         run = _Run(model, folder, options, accelerator, same, save, probe)
-        batches = _batches(dataset, options, share, run.step, accelerator.device)
+        batches = _batches(dataset, options, share, range(run.step, last), accelerator.device)
         if run.step == 0 and options.probe_every:
-            run.examine()  # what is broken shows now, not after hours
+            run.examine()
         started, seconds, stopping = run.step, run.seconds(), False
         with _signals() as signalled:
             while True:
@@ -194,7 +195,7 @@ def train(
                     if world > 1:
                         seconds, stopping = _agreed(accelerator.device, seconds, stopping)
                 fraction = options.fraction(run.step, seconds)
-                finished = fraction >= 1 or run.step == options.max_steps
+                finished = fraction >= 1 or run.step >= last
                 if finished or stopping:
                     break
                 run.advance(batches, fraction, level)
@@ -303,11 +304,16 @@ class _Run:
         self._record(row)
 
     def examine(self) -> None:
-        """Probe the averaged weights."""
+        """Probe the averaged weights. A probe that fails ends the run at its start only, not after hours."""
         with self._aside():
             if self.probe is not None and self.main:
-                found = self.probe(self.average, self.step, self.board)
-                self._record({f"probe/{name}": value for name, value in found.items()})
+                try:
+                    found = self.probe(self.average, self.step, self.board)
+                    self._record({f"probe/{name}": value for name, value in found.items()})
+                except Exception as error:
+                    if self.step == 0:
+                        raise
+                    log.warning("step %d can't be probed, training goes on: %s", self.step, error)
             self.accelerator.wait_for_everyone()
 
     def keep(self, final: bool = False) -> None:
@@ -518,13 +524,12 @@ def _collate(items: list[dict[str, Any]]) -> Batch:
     return {**default_collate(items), **numbers}
 
 
-def _batches(dataset: Items, options: Options, share: int, start: int, device: torch.device) -> Iterator[Batch]:
-    """This process's micro-batches from step `start` on, on the device."""
+def _batches(dataset: Items, options: Options, share: int, steps: range, device: torch.device) -> Iterator[Batch]:
+    """This process's micro-batches of these steps, on the device."""
     rank, world = distributed.rank(), distributed.world_size()
-    stop = options.max_steps or len(dataset) // options.batch_size
 
     def numbers() -> Iterator[list[int]]:
-        for step in range(start, stop):
+        for step in steps:
             for micro in range(options.accumulate):
                 first = step * options.batch_size + (micro * world + rank) * share
                 yield list(range(first, first + share))

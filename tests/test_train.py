@@ -106,6 +106,25 @@ def test_a_run_learns_logs_and_averages(tmp_path):
     assert list(tmp_path.glob("events.out.tfevents*"))
 
 
+def test_a_probe_that_fails_later_does_not_end_the_run(tmp_path, caplog):
+    def probe(average, step, board):
+        if step in broken:
+            raise RuntimeError("out of memory")
+        return {}
+
+    broken = [4]
+    assert go(tmp_path / "a", probe=probe, probe_every=4)["finished"]
+    assert "step 4 can't be probed, training goes on: out of memory" in caplog.text
+    broken = [0]
+    with pytest.raises(RuntimeError, match="out of memory"):
+        go(tmp_path / "b", probe=probe, probe_every=4)
+
+
+def test_a_run_ends_with_its_items(tmp_path):
+    result = go(tmp_path, max_steps=None, max_minutes=60, data=Numbers(22))
+    assert (result["step"], result["finished"]) == (5, True)
+
+
 def test_the_average_is_the_recursion_with_a_warm_up():
     averaged, weights = [torch.zeros(3), torch.zeros((), dtype=torch.long)], [torch.ones(3), torch.tensor(4)]
     module._follow(averaged, weights, 0.75)
