@@ -314,6 +314,7 @@ class _Run:
                     if self.step == 0:
                         raise
                     log.warning("step %d can't be probed, training goes on: %s", self.step, error)
+                    self._new_board()
             self.accelerator.wait_for_everyone()
 
     def keep(self, final: bool = False) -> None:
@@ -343,7 +344,8 @@ class _Run:
 
     def close(self) -> None:
         if self.main:
-            self.board.close()
+            with contextlib.suppress(OSError):
+                self.board.close()
 
     @contextlib.contextmanager
     def _aside(self) -> Iterator[None]:
@@ -365,8 +367,17 @@ class _Run:
             return
         _append(self.folder / LOG, {"step": self.step, **values})
         self.log_bytes = (self.folder / LOG).stat().st_size
-        for name, value in values.items():
-            self.board.add_scalar(name, value, self.step)
+        try:
+            for name, value in values.items():
+                self.board.add_scalar(name, value, self.step)
+        except OSError as error:
+            log.warning("%s: TensorBoard's file can't be written: %s", self.folder, error)
+            self._new_board()
+
+    def _new_board(self) -> None:
+        """A writer that has failed once, on a full disk, never writes again."""
+        with contextlib.suppress(OSError):
+            self.board = _board(self.folder, self.step)
 
     def _restore(self, path: Path) -> None:
         """Go on from a state; UsageError when it is another run's."""
@@ -610,10 +621,12 @@ def _board(folder: Path, step: int) -> Any:
 
 
 def _append(path: Path, row: Mapping[str, Any]) -> None:
+    size = path.stat().st_size
     try:
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
     except OSError as error:
+        os.truncate(path, size)  # no half rows
         log.warning("%s: can't be written: %s", path, error)
 
 

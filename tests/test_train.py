@@ -219,6 +219,17 @@ def test_a_full_disk_leaves_the_last_state(tmp_path, monkeypatch, caplog):
     assert losses(tmp_path)[-1][0] == 12
 
 
+def test_a_board_that_cannot_be_written_is_made_anew(tmp_path, monkeypatch, caplog):
+    def broken(self, *_):
+        monkeypatch.undo()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", broken)
+    assert go(tmp_path)["finished"]
+    assert "TensorBoard's file can't be written" in caplog.text
+    assert len(losses(tmp_path)) == 6
+
+
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
     go(tmp_path, max_steps=5)
     good = (tmp_path / STATE).read_bytes()
