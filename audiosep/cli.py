@@ -244,6 +244,7 @@ def evaluate(
     ] = "1speech+1sound",
     count: Annotated[int, typer.Option(min=1, help="Mixtures to separate.")] = 20,
     seed: Annotated[int, typer.Option(min=0, help="Chooses the mixtures and the noise.")] = 0,
+    length: Annotated[float, typer.Option(min=0.5, help="Seconds of a mixture.")] = 4.0,
     model: Models = DEFAULT_MODELS,
     manifest: Annotated[Path, typer.Option(help="The recordings to mix, as a recipe's prepare.py lists them.")] = Path(
         "data/open16k.csv"
@@ -274,6 +275,7 @@ def evaluate(
                 count=count,
                 seed=seed,
                 models=model,
+                segment=length,
                 out=out,
                 progress=shown.file(task),
                 preset=preset.value,

@@ -432,6 +432,8 @@ def test_evaluate(monkeypatch, capsys):
         "sampler": None,
         "steps": 5,
         "device": "auto",
+        "samples": None,
+        "segment": 4.0,
     }
     assert run("evaluate", "--json") == 0
     assert json.loads(capsys.readouterr().out) == {"mean": 1.5}

@@ -242,6 +242,19 @@ def test_out_of_memory_halves_the_batch_and_goes_on(make, monkeypatch):
         make()(wave, 16000)
 
 
+def test_out_of_memory_with_one_segment_turns_checkpointing_on(make, monkeypatch):
+    separator, attempt = make(sampler="hybrid"), Job._attempt
+
+    def small_memory(job, waves):
+        if not all(prior.backbone.checkpointing for prior in separator.priors.values()):
+            raise torch.OutOfMemoryError
+        return attempt(job, waves)
+
+    expected = make(sampler="hybrid")(recording(), 16000).sources["speech"]
+    monkeypatch.setattr(Job, "_attempt", small_memory)
+    assert np.allclose(separator(recording(), 16000).sources["speech"], expected, atol=1e-5)
+
+
 def test_priors_of_different_rates_are_refused(tiny_prior):
     slow = tiny_prior()
     slow.sample_rate = 8000
