@@ -151,8 +151,8 @@ class Prior(nn.Module):
         wave = batch["wave"]
         if "seed" in batch:
             drop = torch.tensor([seed % 2**20 / 2**20 < self.label_dropout for seed in batch["seed"]])
-            noise = _noise(batch["seed"], wave)
-            return self.loss_at(batch, self.steps_of(batch["index"]), drop.to(wave.device), noise=noise)
+            drop = drop.to(wave.device, non_blocking=True)
+            return self.loss_at(batch, self.steps_of(batch["index"]), drop, noise=_noise(batch["seed"], wave))
         draw = torch.rand(2, len(wave), generator=generator, device=wave.device)
         t = draw[0] * (len(self.schedule) - 1)
         if self.parameterization == "eps":
@@ -179,10 +179,10 @@ class Prior(nn.Module):
         wave, label = batch["wave"], batch.get("label")
         if label is not None and drop is not None:
             label = torch.where(drop, self.null, label)
-        s = self.schedule.ratio_at(t).to(wave)
+        s = placed(self.schedule.ratio_at(t), wave)
         if noise is None:
             noise = torch.randn(wave.shape, generator=generator, device=wave.device, dtype=wave.dtype)
-        estimate = self._denoise(wave + s[:, None] * noise, s, t.to(wave), label)
+        estimate = self._denoise(wave + s[:, None] * noise, s, placed(t, wave), label)
         error = (estimate - wave).square().mean(-1)
         if self.parameterization == "eps":
             return error / s**2
