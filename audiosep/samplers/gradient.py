@@ -47,8 +47,9 @@ class GradientSampler(Sampler):
     def gradient(self, x_t: Tensor, denoised: Tensor, y: Tensor) -> Tensor:
         """d L / d x_t (B, K, N)."""
         with torch.enable_grad():
-            loss = self.loss(denoised.sum(1), y).sum()
-            return torch.autograd.grad(loss, x_t)[0]
+            self.loss(denoised.sum(1), y).sum().backward()
+        assert x_t.grad is not None
+        return x_t.grad
 
 
 class DPS(GradientSampler):
