@@ -39,7 +39,7 @@ def measure(network: str, preset: str, device: str, dtype: str, batch: int, step
 
     from audiosep.backbones.triple_path_unet import TriplePathUNet
     from audiosep.prior import JointPrior, Prior
-    from audiosep.samplers import Noise, build
+    from audiosep.samplers import SAMPLES, Noise, build
     from audiosep.schedules import ve, vp_linear
 
     priors = []
@@ -48,7 +48,7 @@ def measure(network: str, preset: str, device: str, dtype: str, batch: int, step
         form, schedule = ("eps", vp_linear()) if network == "published" else ("edm", ve())
         prior = Prior(net, schedule, parameterization=form).to(device).eval().requires_grad_(False)
         priors.append((prior, 0))
-    full = len(build(JointPrior(priors), preset=preset).times)
+    full = len(build(JointPrior(priors), preset=preset).times) * SAMPLES[preset]  # evaluations per source
     sampler = build(JointPrior(priors), preset=preset, steps=steps + 1)
     y = 0.1 * torch.randn(batch, round(SEGMENT * RATE), device=device)
     marks = []
@@ -72,7 +72,7 @@ def measure(network: str, preset: str, device: str, dtype: str, batch: int, step
         "checkpointing": checkpointing,
         "segments": batch,
         "step_s": round(step, 4),
-        "steps": full,
+        "evaluations_per_source": full,
         "real_time_factor": round(step * full / (batch * SEGMENT * (1 - OVERLAP)), 3),
         "peak_gib": round(peak, 2),
         "torch": torch.__version__,
