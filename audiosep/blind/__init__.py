@@ -1,0 +1,40 @@
+"""Blind separation: one multichannel recording in, its sources out, as scikit-learn estimators.
+
+X has shape (n_samples, n_channels): rows are time, columns are channels. Needs the `blind` extra.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from audiosep.errors import UsageError
+
+if TYPE_CHECKING:
+    from audiosep.blind.classical import AMUSE, JADE, SOBI, FastICA, Picard
+
+# Public name -> module. Resolved on first use: scikit-learn and torch are slow to import.
+_PUBLIC = {
+    "AMUSE": "audiosep.blind.classical",
+    "FastICA": "audiosep.blind.classical",
+    "JADE": "audiosep.blind.classical",
+    "Picard": "audiosep.blind.classical",
+    "SOBI": "audiosep.blind.classical",
+}
+
+__all__ = ["AMUSE", "JADE", "SOBI", "FastICA", "Picard"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'audiosep.blind' has no attribute {name!r}")
+    try:
+        return getattr(import_module(_PUBLIC[name]), name)
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] not in ("sklearn", "scipy"):
+            raise
+        raise UsageError(f"{error.name} is not installed: pip install 'audiosep[blind]'") from error
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
