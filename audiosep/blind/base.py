@@ -187,6 +187,12 @@ class LinearSeparator(BlindSeparator):
         whitening = whiten(X, self.n_sources_)
         self._set_linear(whitening, self._rotation(whitening(X), rng), X)
 
+    def unmix(self, Z: Array, rng: np.random.RandomState) -> Array:
+        """The (n, n) rotation alone, for white Z (T, n): a start for others."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            return self._rotation(Z, rng)
+
     def _rotation(self, Z: Array, rng: np.random.RandomState) -> Array:
         """The (n, n) rotation that turns white Z (T, n) into sources."""
         raise NotImplementedError

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.linalg import expm
 from scipy.optimize import minimize
 from torch import Tensor
 
@@ -211,7 +212,7 @@ def _fit_one(unit: Tensor, kernel: str, frequency: float, noise: float | None, m
         except UsageError:
             return 1e12, np.zeros_like(values)
         (gradient,) = torch.autograd.grad(nll, p)
-        return float(nll), gradient.numpy()
+        return float(nll.detach()), gradient.numpy()
 
     def start(scale: float) -> Array:
         return np.array([np.log(scale), np.log(max(1 - first_noise, 0.1)), 0.0, np.log(max(first_noise, 1e-4))])
@@ -254,8 +255,6 @@ def matern_state_space(kernel: str, length_scale: float, variance: float = 1.0) 
         1: [[1, 0], [0, rate**2]],
         2: [[1, 0, -(rate**2) / 3], [0, rate**2 / 3, 0], [-(rate**2) / 3, 0, rate**4]],
     }[order]
-    from scipy.linalg import expm
-
     return expm(np.array(companion, dtype=np.float64)), variance * np.array(shape, dtype=np.float64)
 
 

@@ -1,8 +1,9 @@
 """What the recording says about its sources once the mixing is known: exact smoothing, and bands that mean something.
 
-X = mean + S A^T + E, the columns of S Gaussian processes, E white noise of variance v in every channel. The least-squares
-unmixing Y = X pinv(A)^T keeps all that X holds about S: Y = S + E', E' of covariance N = v (A^T A)^-1 at each sample,
-correlated between the sources. Hence mean = K (K + N)^-1 Y over all sources at once, by conjugate gradients.
+X = mean + S A^T + E, the columns of S Gaussian processes, E white noise of variance v in every channel. The
+least-squares unmixing Y = X pinv(A)^T keeps all that X holds about S: Y = S + E', E' of covariance N = v (A^T A)^-1
+at each sample, correlated between the sources. Hence mean = K (K + N)^-1 Y over all sources at once, by conjugate
+gradients.
 """
 
 from __future__ import annotations
@@ -45,11 +46,16 @@ def gaussian_posterior(X: Array, mixing: Array, *, refine: bool = True, kernels:
     if refine and _counts(noise, mixing, processes):
         mixing = refined_mixing(X, mixing, processes, noise)
         noise, processes = _fit(X, mixing, kernels)
-    mean, std = joint_smooth(X @ np.linalg.pinv(mixing).T, _unmixed_noise(mixing, noise), processes)
+    mean, std = smooth(X, mixing, processes, noise)
     if _counts(noise, mixing, processes):
         leaked = np.einsum("tk,jkl,tl->tj", mean, leakage(X, mixing, processes, noise), mean)
         std = np.sqrt(std**2 + leaked)
     return Posterior(mean, std, mixing, processes, noise)
+
+
+def smooth(X: Array, mixing: Array, processes: tuple[gp.Process, ...], noise: float) -> tuple[Array, Array]:
+    """Mean and standard deviation (T, n) of the sources of a centred recording (T, m), all else being known."""
+    return joint_smooth(X @ np.linalg.pinv(mixing).T, _unmixed_noise(mixing, noise), processes)
 
 
 def _unmixed_noise(mixing: Array, noise: float) -> Array:
@@ -139,23 +145,29 @@ def leakage(X: Array, mixing: Array, processes: tuple[gp.Process, ...], noise: f
     """How uncertain the mixing leaves each source: covariances (n, n, n) of what others leak into it.
 
     A mixing off by D leaves R = -pinv(A) D of source k in source j at [j, k]; the first axis is j. D has the inverse of
-    the Fisher information as covariance. A source's own scale, [j, j], is no leak.
+    the likelihood's curvature as covariance. A source's own scale, [j, j], is no leak.
     """
     spectra = _Spectra.of(X, processes, noise)
     channels, sources = mixing.shape
-    A, powers = mixing, spectra.powers.numpy()
-    unit = np.eye(channels)
-    slopes = np.einsum("fk,am,kb->fmkab", powers, unit, A.T)
-    slopes = (slopes + slopes.swapaxes(-1, -2)).reshape(len(powers), channels * sources, channels, channels)
-    inverse = np.linalg.inv(spectra.covariance(torch.from_numpy(A)).numpy())
-    turned = np.einsum("fab,fpbc->fpac", inverse, slopes)
-    information = 0.5 * np.einsum("f,fpab,fqba->pq", spectra.weights.numpy(), turned, turned, optimize=True)
-    covariance = np.linalg.pinv(information, hermitian=True).reshape(channels, sources, channels, sources)
-    unmixing = np.linalg.pinv(A)
+
+    def loss(values: Tensor) -> Tensor:
+        return spectra.negative_log_likelihood(values.reshape(channels, sources))
+
+    start = torch.from_numpy(mixing.ravel())
+    curvature = torch.autograd.functional.hessian(loss, start, vectorize=True).numpy()
+    covariance = _positive_inverse(curvature).reshape(channels, sources, channels, sources)
+    unmixing = np.linalg.pinv(mixing)
     leaks = np.einsum("ja,akbl,jb->jkl", unmixing, covariance, unmixing)
     for j in range(sources):
         leaks[j, j, :] = leaks[j, :, j] = 0.0
     return leaks
+
+
+def _positive_inverse(curvature: Array) -> Array:
+    """Inverse over the directions in which the likelihood has a maximum."""
+    values, axes = np.linalg.eigh(curvature)
+    kept = values > 1e-9 * values[-1]
+    return (axes[:, kept] / values[kept]) @ axes[:, kept].T
 
 
 def _expected_power(column: Array) -> Array:
@@ -170,17 +182,14 @@ def joint_smooth(Y: Array, noise: Array, processes: tuple[gp.Process, ...]) -> t
     The mean is exact. The deviation is that of each source by itself, exact at the edges too, narrowed by what the
     noise shared with the other sources tells inside.
     """
-    samples, sources = Y.shape
+    samples = len(Y)
     floor = np.diag([gp.NOISE_FLOOR * p.variance for p in processes])
     noise = noise + floor
     columns = np.stack([p.column(samples) for p in processes])
     alpha = _solve(columns, noise, Y.T)
     mean = Y - (noise @ alpha).T  # K C^-1 Y = Y - N C^-1 Y
     alone = np.stack(
-        [
-            gp.smooth(y, replace(p, noise=v))[1]
-            for y, p, v in zip(Y.T, processes, np.diag(noise))
-        ],
+        [gp.smooth(y, replace(p, noise=v))[1] for y, p, v in zip(Y.T, processes, np.diag(noise))],
         axis=1,
     )
     spectra = np.maximum(_chan(columns), 0.0)  # (n, F)
