@@ -24,7 +24,8 @@ class ARFlowVAE(VariationalSeparator):
     base: "normal" or "student_t"
         Distribution of the flow's noise. "normal" is the paper's, and cannot separate white heavy-tailed sources.
     init: "auto", "sobi", "fastica" or "random"
-        Where the unmixing starts. "auto" takes SOBI's or FastICA's, whichever the prior finds likelier.
+        Where the unmixing starts. "auto" is SOBI's; with base="student_t" it is SOBI's or FastICA's, whichever the
+        prior finds likelier.
     posterior: "gp" or "native"
         What sources_ and sources_std_ are: the posterior under Gaussian processes fitted to the sources, or the encoder's
         mean and its learned deviation (which is no measure of the error).
@@ -48,8 +49,6 @@ class ARFlowVAE(VariationalSeparator):
     noise_: noise variance per channel and processes_: the fitted processes, with posterior="gp".
     """
 
-    _starts = ("sobi", "fastica")
-
     def __init__(
         self,
         n_sources: int | None = None,
@@ -59,7 +58,7 @@ class ARFlowVAE(VariationalSeparator):
         init: str = "auto",
         posterior: str = "gp",
         hidden: int = 8,
-        beta: float = 0.02,
+        beta: float = 0.1,
         warm: float = 10.0,
         mlp_units: int = 32,
         learning_rate: float = 1e-2,
@@ -82,6 +81,9 @@ class ARFlowVAE(VariationalSeparator):
         self.tol = tol
         self.random_state = random_state
         self.device = device
+
+    def _starts(self) -> tuple[str, ...]:
+        return ("sobi",) if self.base == "normal" else ("sobi", "fastica")
 
     def _prior(self, sources: int) -> SourcePrior:
         return ARFlowPrior(sources, self.hidden, choose("base", self.base, BASES))

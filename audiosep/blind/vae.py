@@ -1,7 +1,7 @@
 """The loop that the variational separators share: they differ in the prior of a source's trajectory.
 
 z (T, p) is the whitened recording. The encoder gives the mean of q(s | z) = N(mu_r, q_j), its variance q_j per source;
-the decoder maps a draw back. With one draw per iteration, minimised by Adam (AR-Flow VAE, arXiv:2603.14441, Algorithm 1):
+the decoder maps a draw back. Minimised by Adam (AR-Flow VAE, arXiv:2603.14441, Algorithm 1):
 
     J = mean (z - zhat)^2 + beta / (p T) (log q(S | z) - log p(S))
 
@@ -75,9 +75,6 @@ class LearnedSeparator(BlindSeparator):
     elbo_: float
     noise_: float
 
-    # Starts that "auto" compares.
-    _starts: tuple[str, ...] = ("sobi",)
-
     def _check_options(self) -> None:
         choose("mixing", self.mixing, ("linear", "mlp"))
         choose("init", self.init, INITS)
@@ -93,9 +90,13 @@ class LearnedSeparator(BlindSeparator):
             raise UsageError(f"device={self.device!r}, but torch finds no CUDA device")
         return torch.device(wanted)
 
+    def _starts(self) -> tuple[str, ...]:
+        """What init="auto" compares. Priors that know spectra only have no use for FastICA's start."""
+        return ("sobi",)
+
     def _rotations(self, Z: Array, rng: np.random.RandomState) -> dict[str, Array]:
         """Starting rotations (n, n) of the whitened recording, by name."""
-        names = self._starts if self.init == "auto" else (self.init,)
+        names = self._starts() if self.init == "auto" else (self.init,)
         return {name: _rotation(name, Z, rng) for name in names}
 
     def _set_sources(self, X: Array, sources: Array, std: Array, mixing: Array) -> None:
@@ -232,12 +233,16 @@ class VariationalSeparator(LearnedSeparator):
     def _loss(
         self, z: Tensor, encoder: Map, decoder: Map, prior: SourcePrior, log_q: Tensor, beta: float
     ) -> Tensor:
-        """J for a contiguous block of z."""
+        """J of a stretch of z, over a draw and its mirror image about the mean: the noise of odd order cancels."""
         block = self._block(z)
-        s = encoder(block) + torch.randn(len(block), len(log_q), dtype=z.dtype, device=z.device) * (0.5 * log_q).exp()
-        misfit = (block - decoder(s)).square().mean()
+        mean = encoder(block)
+        noise = torch.randn_like(mean) * (0.5 * log_q).exp()
         entropy = 0.5 * len(block) * (log_q + math.log(2 * math.pi * math.e)).sum()
-        return misfit - beta / block.numel() * (entropy + prior.log_prob(s.T).sum())
+        losses = []
+        for s in (mean + noise, mean - noise):
+            misfit = (block - decoder(s)).square().mean()
+            losses.append(misfit - beta / block.numel() * (entropy + prior.log_prob(s.T).sum()))
+        return (losses[0] + losses[1]) / 2
 
     def _block(self, z: Tensor) -> Tensor:
         return z
