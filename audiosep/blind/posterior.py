@@ -42,10 +42,10 @@ def gaussian_posterior(X: Array, mixing: Array, *, refine: bool = True, kernels:
     refine: under noise, also take the mixing that makes the recording likeliest (separation that ignores noise is
     biased by it). Without noise, mean is the unmixed X.
     """
-    noise, processes = _fit(X, mixing, kernels)
+    noise, processes = noise_and_processes(X, mixing, kernels)
     if refine and _counts(noise, mixing, processes):
         mixing = refined_mixing(X, mixing, processes, noise)
-        noise, processes = _fit(X, mixing, kernels)
+        noise, processes = noise_and_processes(X, mixing, kernels)
     mean, std = smooth(X, mixing, processes, noise)
     if _counts(noise, mixing, processes):
         leaked = np.einsum("tk,jkl,tl->tj", mean, leakage(X, mixing, processes, noise), mean)
@@ -68,7 +68,9 @@ def _counts(noise: float, mixing: Array, processes: tuple[gp.Process, ...]) -> b
     return bool(shares.max() > NOISE_THAT_COUNTS)
 
 
-def _fit(X: Array, mixing: Array, kernels: tuple[str, ...]) -> tuple[float, tuple[gp.Process, ...]]:
+def noise_and_processes(
+    X: Array, mixing: Array, kernels: tuple[str, ...] = ()
+) -> tuple[float, tuple[gp.Process, ...]]:
     """The noise variance per channel, and a process per source given it."""
     names = kernels or gp.DEFAULT_KERNELS
     Y = X @ np.linalg.pinv(mixing).T

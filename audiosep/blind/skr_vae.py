@@ -4,9 +4,9 @@ Wei, Deng, Cui, Sun: "Structured kernel regression VAE: a computationally effici
 arXiv:2508.09721. The text of its formulas was not available to us; this is our reading of its abstract: kernels model
 the correlations among the points of each latent dimension, without inverting a matrix.
 
-    p(s_t | rest) = N(rho m_t, v),  m_t = sum_{u != t} k(t - u) s_u / sum_{u != t} k(t - u),  k(d) = exp(-d^2 / (2 l^2))
+    p(s_t | rest) = N(rho m_t, v + xi),  m_t = sum_{u != t} k(t - u) s_u / sum_{u != t} k(t - u),  k(d) = exp(-d^2 / 2l^2)
 
-with l, rho, v learned per source. The sample itself is left out: included, l -> 0 would explain everything. The
+with l, rho, v learned per source; without the jitter xi smooth sources drive v to 0, and the sources apart. The sample itself is left out: included, l -> 0 would explain everything. The
 product over t is a pseudo-likelihood, no density, so that `elbo_` compares nothing and no starts are chosen by it.
 All m_t take one FFT, O(T log T).
 """
@@ -27,8 +27,9 @@ SCALES = (1.0, 2.0, 5.0, 15.0, 50.0)  # bandwidths that a fit starts from, in sa
 class KernelRegressionPrior(nn.Module):
     """The pseudo-likelihood of n sources given their neighbours."""
 
-    def __init__(self, sources: int) -> None:
+    def __init__(self, sources: int, jitter: float = 1e-2) -> None:
         super().__init__()
+        self.jitter = jitter
         self.log_bandwidth = nn.Parameter(torch.full((sources,), math.log(5.0)))
         self.log_variance = nn.Parameter(torch.full((sources,), math.log(0.1)))
         self.rho = nn.Parameter(torch.ones(sources))
@@ -58,7 +59,7 @@ class KernelRegressionPrior(nn.Module):
         self.log_variance.copy_(smallest.clamp_min(1e-6).log())
 
     def log_prob(self, s: Tensor) -> Tensor:
-        variance = self.log_variance.exp()[:, None]
+        variance = self.log_variance.exp()[:, None] + self.jitter
         error = s - self.rho[:, None] * self.regression(s)
         return -0.5 * (error.square() / variance + (2 * math.pi * variance).log()).sum(1)
 
@@ -73,6 +74,8 @@ class SKRVAE(VariationalSeparator):
     ----------
     n_sources, mixing, init, posterior, beta, warm, mlp_units, learning_rate, max_iter, tol, random_state, device
         As ARFlowVAE's; init="auto" is SOBI's.
+    jitter: float
+        Least variance xi of a unit-variance source given its neighbours.
 
     Attributes: as ARFlowVAE's, with length_scales_ (samples), rho_, variance_ (n_sources,) instead of ar_coef_ and
     innovation_std_; elbo_ is a pseudo-likelihood's, and compares nothing.
@@ -83,10 +86,11 @@ class SKRVAE(VariationalSeparator):
         n_sources: int | None = None,
         *,
         mixing: str = "linear",
+        jitter: float = 1e-2,
         init: str = "auto",
         posterior: str = "gp",
-        beta: float = 0.02,
-        warm: float = 10.0,
+        beta: float = 0.1,
+        warm: float = 1.0,
         mlp_units: int = 32,
         learning_rate: float = 1e-2,
         max_iter: int = 400,
@@ -96,6 +100,7 @@ class SKRVAE(VariationalSeparator):
     ) -> None:
         self.n_sources = n_sources
         self.mixing = mixing
+        self.jitter = jitter
         self.init = init
         self.posterior = posterior
         self.beta = beta
@@ -108,4 +113,4 @@ class SKRVAE(VariationalSeparator):
         self.device = device
 
     def _prior(self, sources: int) -> SourcePrior:
-        return KernelRegressionPrior(sources)
+        return KernelRegressionPrior(sources, self.jitter)

@@ -168,11 +168,11 @@ class VariationalSeparator(LearnedSeparator):
     def _train(self, X: Array, rng: np.random.RandomState, device: torch.device) -> None:
         sources = self.n_sources_
         kept = X.shape[1] if self.mixing == "mlp" else sources
-        whitening = _whiten_safely(X, kept)
+        whitening = whiten_safely(X, kept)
         Z = whitening(X)
         z = torch.from_numpy(Z).to(device)
         prior, rotation = self._best_start(z, Z, rng)
-        with _double():
+        with double_precision():
             encoder = Map(rotation.to(device), self.mixing, self.mlp_units).to(device)
             decoder = Map(rotation.T.to(device), self.mixing, self.mlp_units).to(device)
         log_q = nn.Parameter(torch.full((sources,), math.log(0.05), dtype=torch.float64, device=device))
@@ -192,7 +192,7 @@ class VariationalSeparator(LearnedSeparator):
             torch.manual_seed(seed)
             weight = torch.zeros(self.n_sources_, Z.shape[1], dtype=torch.float64)
             weight[:, : self.n_sources_] = torch.from_numpy(rotation)
-            with _double():
+            with double_precision():
                 prior = self._prior(self.n_sources_)
             if isinstance(prior, nn.Module):
                 prior.to(z.device)
@@ -322,7 +322,7 @@ def _rotation(name: str, Z: Array, rng: np.random.RandomState) -> Array:
     return start.unmix(Z, rng)
 
 
-def _whiten_safely(X: Array, kept: int) -> Whitening:
+def whiten_safely(X: Array, kept: int) -> Whitening:
     """Without the directions in which the recording is flat: they hold nothing to reconstruct."""
     power = np.linalg.svd(X - X.mean(0), compute_uv=False) ** 2
     return whiten(X, min(kept, int((power > 1e-12 * power[0]).sum())))
@@ -340,7 +340,7 @@ def _fit_prior(prior: SourcePrior, s: Tensor) -> float:
     return -float(value.detach())
 
 
-class _double:
+class double_precision:
     """New tensors in double precision inside the block."""
 
     def __enter__(self) -> None:
