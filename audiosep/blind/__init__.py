@@ -11,18 +11,26 @@ from typing import TYPE_CHECKING, Any
 from audiosep.errors import UsageError
 
 if TYPE_CHECKING:
+    from audiosep.blind.ar_flow_vae import ARFlowVAE
     from audiosep.blind.classical import AMUSE, JADE, SOBI, FastICA, Picard
+    from audiosep.blind.gp_vae import GPVAE
+    from audiosep.blind.skr_vae import SKRVAE
+    from audiosep.blind.stradiff import StrADiff
 
 # Public name -> module. Resolved on first use: scikit-learn and torch are slow to import.
 _PUBLIC = {
     "AMUSE": "audiosep.blind.classical",
+    "ARFlowVAE": "audiosep.blind.ar_flow_vae",
     "FastICA": "audiosep.blind.classical",
+    "GPVAE": "audiosep.blind.gp_vae",
     "JADE": "audiosep.blind.classical",
     "Picard": "audiosep.blind.classical",
+    "SKRVAE": "audiosep.blind.skr_vae",
     "SOBI": "audiosep.blind.classical",
+    "StrADiff": "audiosep.blind.stradiff",
 }
 
-__all__ = ["AMUSE", "JADE", "SOBI", "FastICA", "Picard"]
+__all__ = ["AMUSE", "GPVAE", "JADE", "SKRVAE", "SOBI", "ARFlowVAE", "FastICA", "Picard", "StrADiff"]
 
 
 def __getattr__(name: str) -> Any:

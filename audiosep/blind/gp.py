@@ -208,7 +208,8 @@ def _fit_one(unit: Tensor, kernel: str, frequency: float, noise: float | None, m
     def loss(values: Array) -> tuple[float, Array]:
         p = torch.from_numpy(np.asarray(values, dtype=np.float64)).requires_grad_()
         try:
-            nll = negative_log_likelihood(unit, column(p)[None])[0]
+            with torch.enable_grad():
+                nll = negative_log_likelihood(unit, column(p)[None])[0]
         except UsageError:
             return 1e12, np.zeros_like(values)
         (gradient,) = torch.autograd.grad(nll, p)

@@ -135,7 +135,8 @@ def refined_mixing(X: Array, mixing: Array, processes: tuple[gp.Process, ...], n
 
     def loss(values: Array) -> tuple[float, Array]:
         A = torch.from_numpy(values.reshape(mixing.shape)).requires_grad_()
-        nll = spectra.negative_log_likelihood(A)
+        with torch.enable_grad():
+            nll = spectra.negative_log_likelihood(A)
         (gradient,) = torch.autograd.grad(nll, A)
         return float(nll.detach()), gradient.numpy().ravel()
 
@@ -156,7 +157,8 @@ def leakage(X: Array, mixing: Array, processes: tuple[gp.Process, ...], noise: f
         return spectra.negative_log_likelihood(values.reshape(channels, sources))
 
     start = torch.from_numpy(mixing.ravel())
-    curvature = torch.autograd.functional.hessian(loss, start, vectorize=True).numpy()
+    with torch.enable_grad():
+        curvature = torch.autograd.functional.hessian(loss, start, vectorize=True).numpy()
     covariance = _positive_inverse(curvature).reshape(channels, sources, channels, sources)
     unmixing = np.linalg.pinv(mixing)
     leaks = np.einsum("ja,akbl,jb->jkl", unmixing, covariance, unmixing)

@@ -44,15 +44,15 @@ class NoiseNetworks(nn.Module):
 
     def __init__(self, sources: int, hidden: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(sources, 2, hidden))
+        self.weight = nn.Parameter(torch.randn(sources, 1, hidden))
+        self.time = nn.Parameter(torch.randn(sources, 1, hidden))
         self.bias = nn.Parameter(0.1 * torch.randn(sources, 1, hidden))
         self.out = nn.Parameter(torch.zeros(sources, hidden, 1))
         self.skip = nn.Parameter(torch.zeros(sources, 1))
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """x (n, T), time (n, 1) or () in 0..1 -> (n, T)."""
-        inputs = torch.stack([x, time.expand_as(x)], dim=-1)  # (n, T, 2)
-        hidden = torch.tanh(torch.baddbmm(self.bias, inputs, self.weight))
+        """x (n, T), time (n, 1) in 0..1 -> (n, T)."""
+        hidden = torch.tanh(torch.baddbmm(self.bias + time[..., None] * self.time, x[..., None], self.weight))
         return torch.bmm(hidden, self.out)[..., 0] + self.skip * x
 
 
@@ -78,7 +78,7 @@ class Diffusion(nn.Module):
         states = [z]
         for step in range(self.steps, 0, -1):
             x = states[-1]
-            eps = self.networks(x, x.new_tensor(step / self.steps))
+            eps = self.networks(x, x.new_full((len(x), 1), step / self.steps))
             clean = (x - (1 - self.abar[step]).sqrt() * eps) / self.abar[step].sqrt()
             states.append(self.abar[step - 1].sqrt() * clean + (1 - self.abar[step - 1]).sqrt() * eps)
         return states
@@ -229,8 +229,9 @@ class StrADiff(LearnedSeparator):
         with double_precision():
             decoder = Map(weight, self.mixing, self.mlp_units).to(device)
             prior = GPPrior(sources, self.kernel, self.jitter).to(device)
-            networks = NoiseNetworks(sources, self.hidden)
-            diffusion = Diffusion(torch.from_numpy(start.T.copy()), self.steps, networks).to(device)
+        # Single precision halves the time of the diffusion, which is most of it.
+        networks = NoiseNetworks(sources, self.hidden)
+        diffusion = Diffusion(torch.from_numpy(start.T.copy()).float(), self.steps, networks).to(device)
         prior.start_from(torch.from_numpy(start.T.copy()).to(device))
         nu = self._noise_of(start)
         anneal = RANDOM_ANNEAL if self.init_ == "random" else 1.0
@@ -262,12 +263,12 @@ class StrADiff(LearnedSeparator):
             if step in self.snapshots:
                 self._keep_path(step, diffusion)
             level = nu * anneal ** max(0.0, 1 - 2 * step / self.max_iter)
-            s = diffusion.path(diffusion.draw())[-1]
+            s = diffusion.path(diffusion.draw())[-1].double()
             parts = (
                 (z - decoder(s.T)).square().sum() / (2 * level),
                 -self.lambda_prior * prior.log_prob(s).sum(),
-                self.lambda_diff * diffusion.denoising_loss(s),
-                self.lambda_kl * diffusion.divergence(),
+                self.lambda_diff * diffusion.denoising_loss(s.float()).double(),
+                self.lambda_kl * diffusion.divergence().double(),
             )
             loss = torch.stack(parts).sum()
             optimiser.zero_grad()
@@ -290,7 +291,7 @@ class StrADiff(LearnedSeparator):
     @torch.no_grad()
     def _keep_path(self, step: int, diffusion: Diffusion) -> None:
         states = diffusion.path(diffusion.draw())
-        self.paths_[step] = torch.stack(states).transpose(1, 2).cpu().numpy()
+        self.paths_[step] = torch.stack(states).transpose(1, 2).double().cpu().numpy()
 
     @torch.no_grad()
     def _finish(
@@ -317,30 +318,30 @@ class StrADiff(LearnedSeparator):
         z = torch.from_numpy(X @ self._whitening.matrix.T)
         weight = self._decoder.weight.detach()
         with double_precision():
-            diffusion = Diffusion((z @ torch.linalg.pinv(weight).T).T.contiguous(), self.steps, self._networks)
             prior = GPPrior(self.n_sources_, self.kernel, self.jitter)
+        diffusion = Diffusion((z @ torch.linalg.pinv(weight).T).T.float(), self.steps, self._networks)
         back = np.argsort(self._order)
         with torch.no_grad():
             prior.log_length_scale.copy_(torch.from_numpy(self.length_scales_[back]).log())
         nu = LEAST_NOISE if self.noise is None else self.noise
         optimiser = torch.optim.Adam([diffusion.mean], lr=self.learning_rate)
         for _ in range(self.max_iter):
-            s = diffusion.path(diffusion.mean)[-1]
+            s = diffusion.path(diffusion.mean)[-1].double()
             loss = (z - self._decoder(s.T)).square().sum() / (2 * nu) - self.lambda_prior * prior.log_prob(s).sum()
             optimiser.zero_grad()
             loss.backward(inputs=[diffusion.mean])
             optimiser.step()
         with torch.no_grad():
-            return diffusion.path(diffusion.mean)[-1].T.numpy()
+            return diffusion.path(diffusion.mean)[-1].T.double().numpy()
 
 
 @torch.no_grad()
 def _moments(diffusion: Diffusion, draws: int) -> tuple[Array, Array]:
     """Mean and standard deviation (T, n) of the sources over draws of the start, eqs. 34 and 35."""
-    total = torch.zeros_like(diffusion.mean)
-    squares = torch.zeros_like(diffusion.mean)
+    total = torch.zeros_like(diffusion.mean, dtype=torch.float64)
+    squares = torch.zeros_like(total)
     for _ in range(draws):
-        s = diffusion.path(diffusion.draw())[-1]
+        s = diffusion.path(diffusion.draw())[-1].double()
         total += s
         squares += s**2
     mean = total / draws
