@@ -27,14 +27,16 @@ class ARFlowVAE(VariationalSeparator):
         Where the unmixing starts. "auto" is SOBI's; with base="student_t" it is SOBI's or FastICA's, whichever the
         prior finds likelier.
     posterior: "gp" or "native"
-        What sources_ and sources_std_ are: the posterior under Gaussian processes fitted to the sources, or the encoder's
-        mean and its learned deviation (which is no measure of the error).
+        What sources_ and sources_std_ are: the posterior under Gaussian processes fitted to the sources, or the
+        encoder's mean and its learned deviation (which is no measure of the error).
     hidden: int
         Size H of the flow's state.
     beta, warm: float
         Weight of the divergence term (twice the variance of the observation noise), and how many times it starts at.
     mlp_units: int
         Width of the networks of mixing="mlp".
+    block: int or None
+        Samples seen in one iteration, a stretch anywhere in a longer recording; None sees all.
     learning_rate: float
         Peak of Adam's one-cycle schedule; 0.3 of it for "mlp".
     max_iter, tol: int, float
@@ -61,6 +63,7 @@ class ARFlowVAE(VariationalSeparator):
         beta: float = 0.1,
         warm: float = 10.0,
         mlp_units: int = 32,
+        block: int | None = 20000,
         learning_rate: float = 1e-2,
         max_iter: int = 400,
         tol: float = 1e-2,
@@ -76,6 +79,7 @@ class ARFlowVAE(VariationalSeparator):
         self.beta = beta
         self.warm = warm
         self.mlp_units = mlp_units
+        self.block = block
         self.learning_rate = learning_rate
         self.max_iter = max_iter
         self.tol = tol

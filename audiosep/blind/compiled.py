@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-# ruff: noqa: ANN001, ANN201, ANN202 - numba infers the types of what it compiles
+# ruff: noqa: ANN001, ANN201 - numba infers the types of what it compiles
 
 
 @cache

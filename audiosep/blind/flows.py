@@ -9,8 +9,8 @@ source separation" (2026), arXiv:2603.14441, eqs. 12-28. For source j, with s_1 
     h_r = tanh(W_h h_{r-1} + w_eps eps_r + c_h),  h_1 = 0             (18, 19)
     log p(s) = log p(s_1) + sum_r [log p(eps_r) - alpha_r - log sigma]   (27)
 
-Given the past, s_r is an affine map of eps_r: with the paper's normal eps the process is conditionally Gaussian, so that
-white heavy-tailed sources look all alike to it. base="student_t" (ours) lets eps_r have heavy tails.
+Given the past, s_r is an affine map of eps_r: with the paper's normal eps the process is conditionally Gaussian, so
+that white heavy-tailed sources look all alike to it. base="student_t" (ours) lets eps_r have heavy tails.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ class GPVAE(VariationalSeparator):
 
     Parameters
     ----------
-    n_sources, mixing, init, posterior, beta, warm, mlp_units, learning_rate, max_iter, tol, random_state, device
+    n_sources, mixing, init, posterior, beta, warm, mlp_units, block, learning_rate, max_iter, tol, random_state, device
         As ARFlowVAE's; init="auto" is SOBI's.
     kernel: "rbf", "matern12", "matern32" or "matern52"
     jitter: float
@@ -76,6 +76,7 @@ class GPVAE(VariationalSeparator):
         beta: float = 0.1,
         warm: float = 10.0,
         mlp_units: int = 32,
+        block: int | None = 20000,
         learning_rate: float = 1e-2,
         max_iter: int = 400,
         tol: float = 1e-2,
@@ -91,6 +92,7 @@ class GPVAE(VariationalSeparator):
         self.beta = beta
         self.warm = warm
         self.mlp_units = mlp_units
+        self.block = block
         self.learning_rate = learning_rate
         self.max_iter = max_iter
         self.tol = tol

@@ -68,9 +68,7 @@ def _counts(noise: float, mixing: Array, processes: tuple[gp.Process, ...]) -> b
     return bool(shares.max() > NOISE_THAT_COUNTS)
 
 
-def noise_and_processes(
-    X: Array, mixing: Array, kernels: tuple[str, ...] = ()
-) -> tuple[float, tuple[gp.Process, ...]]:
+def noise_and_processes(X: Array, mixing: Array, kernels: tuple[str, ...] = ()) -> tuple[float, tuple[gp.Process, ...]]:
     """The noise variance per channel, and a process per source given it."""
     names = kernels or gp.DEFAULT_KERNELS
     Y = X @ np.linalg.pinv(mixing).T

@@ -1,13 +1,15 @@
 """SKR-VAE: a variational autoencoder whose prior means are kernel regressions of the latents themselves.
 
-Wei, Deng, Cui, Sun: "Structured kernel regression VAE: a computationally efficient surrogate for GP-VAEs in ICA" (2025),
-arXiv:2508.09721. The text of its formulas was not available to us; this is our reading of its abstract: kernels model
-the correlations among the points of each latent dimension, without inverting a matrix.
+Wei, Deng, Cui, Sun: "Structured kernel regression VAE: a computationally efficient surrogate for GP-VAEs in ICA"
+(2025), arXiv:2508.09721. The text of its formulas was not available to us; this is our reading of its abstract: kernels
+model the correlations among the points of each latent dimension, without inverting a matrix.
 
-    p(s_t | rest) = N(rho m_t, v + xi),  m_t = sum_{u != t} k(t - u) s_u / sum_{u != t} k(t - u),  k(d) = exp(-d^2 / 2l^2)
+    p(s_t | rest) = N(rho m_t, v + xi),  m_t = sum_{u != t} k(t - u) s_u / sum_{u != t} k(t - u)
+    k(d) = exp(-d^2 / (2 l^2))
 
-with l, rho, v learned per source; without the jitter xi smooth sources drive v to 0, and the sources apart. The sample itself is left out: included, l -> 0 would explain everything. The
-product over t is a pseudo-likelihood, no density, so that `elbo_` compares nothing and no starts are chosen by it.
+with l, rho, v learned per source; without the jitter xi smooth sources drive v to 0, and the sources apart. The sample
+itself is left out: included, l -> 0 would explain everything. The product over t is a pseudo-likelihood, no density, so
+that `elbo_` compares nothing and no starts are chosen by it.
 All m_t take one FFT, O(T log T).
 """
 
@@ -44,7 +46,8 @@ class KernelRegressionPrior(nn.Module):
         circle = torch.cat([zero, kernel, zero, kernel.flip(1)], dim=1)  # (n, 2 T), symmetric
         transfer = torch.fft.rfft(circle)
         both = torch.stack([s, torch.ones_like(s)])  # numerator, denominator
-        numerator, denominator = torch.fft.irfft(transfer * torch.fft.rfft(both, 2 * samples), 2 * samples)[..., :samples]
+        smoothed = torch.fft.irfft(transfer * torch.fft.rfft(both, 2 * samples), 2 * samples)
+        numerator, denominator = smoothed[..., :samples]
         return numerator / denominator.clamp_min(1e-12)
 
     @torch.no_grad()
@@ -72,7 +75,7 @@ class SKRVAE(VariationalSeparator):
 
     Parameters
     ----------
-    n_sources, mixing, init, posterior, beta, warm, mlp_units, learning_rate, max_iter, tol, random_state, device
+    n_sources, mixing, init, posterior, beta, warm, mlp_units, block, learning_rate, max_iter, tol, random_state, device
         As ARFlowVAE's; init="auto" is SOBI's.
     jitter: float
         Least variance xi of a unit-variance source given its neighbours.
@@ -92,6 +95,7 @@ class SKRVAE(VariationalSeparator):
         beta: float = 0.1,
         warm: float = 1.0,
         mlp_units: int = 32,
+        block: int | None = 20000,
         learning_rate: float = 1e-2,
         max_iter: int = 400,
         tol: float = 1e-2,
@@ -106,6 +110,7 @@ class SKRVAE(VariationalSeparator):
         self.beta = beta
         self.warm = warm
         self.mlp_units = mlp_units
+        self.block = block
         self.learning_rate = learning_rate
         self.max_iter = max_iter
         self.tol = tol

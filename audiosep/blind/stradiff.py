@@ -1,7 +1,7 @@
 """StrADiff: each source is drawn by its own reverse diffusion, under its own Gaussian process prior.
 
 Wei: "StrADiff: a structured source-wise adaptive diffusion framework for linear and nonlinear blind source separation"
-(2026), arXiv:2604.04973. For source k, with z ~ N(mu, diag(sigma^2)) learned (eq. 7), x_L = z and eps = eps_k(x_t, t / L):
+(2026), arXiv:2604.04973. For source k, with z ~ N(mu, diag(sigma^2)) learned (eq. 7), x_L = z, eps = eps_k(x_t, t / L):
 
     x0 = (x_t - sqrt(1 - abar_t) eps) / sqrt(abar_t)                  (13)
     x_{t-1} = sqrt(abar_{t-1}) x0 + sqrt(1 - abar_{t-1}) eps          (14)    s = x_0
@@ -9,7 +9,7 @@ Wei: "StrADiff: a structured source-wise adaptive diffusion framework for linear
     loss = |Y - g(S)|^2 / (2 nu)  +  lambda_prior sum_k NLL_k(s_k)  +  lambda_diff mean |eps_k(x_t, t / L) - eta|^2
            +  lambda_kl KL(q(Z) | N(0, I))                            (24, 21, 27, 30; weights as in 31)
 
-Y is the whitened recording (the paper centres and scales only; unwhitened, mixings with orthogonal columns are favoured).
+Y is the whitened recording (the paper centres and scales only, which favours mixings with orthogonal columns).
 Not in the paper, and ours: the noise schedule, the networks, nu, the weights, the start, annealing.
 """
 
@@ -107,8 +107,8 @@ class StrADiff(LearnedSeparator):
     init: "auto", "sobi", "fastica" or "random"
         Where the sources start; "auto" is SOBI's. "random" is the paper's, anneals nu, and wants 3000 iterations.
     posterior: "gp" or "native"
-        What sources_ and sources_std_ are: the posterior under Gaussian processes fitted to the sources, or the mean and
-        deviation over draws of the diffusion's start (which is no measure of the error).
+        What sources_ and sources_std_ are: the posterior under Gaussian processes fitted to the sources, or the mean
+        and deviation over draws of the diffusion's start (which is no measure of the error).
     kernel, jitter: the prior's kernel, and the white part xi of its unit variance (eq. 18).
     noise: float or None
         nu; None takes the noise found in the start's sources, and at least 0.002.
@@ -130,7 +130,8 @@ class StrADiff(LearnedSeparator):
     Attributes
     ----------
     sources_, sources_std_ (n_samples, n_sources); mixing_ (n_channels, n_sources; the best linear one for "mlp"); mean_
-    length_scales_ (n_sources,) in samples; traces_: theirs, and loss terms "reconstruction_", "prior_", "diffusion_", "kl_"
+    length_scales_ (n_sources,) in samples
+    traces_: theirs, and the loss terms "reconstruction_", "prior_", "diffusion_", "kl_"
     paths_: iteration -> (L + 1, n_samples, n_sources), from x_L to x_0
     loss_curve_, elbo_ (the loss's first two terms, negated: no bound, as draws have no density), n_iter_
     noise_: noise variance per channel and processes_: the fitted processes, with posterior="gp".
@@ -279,6 +280,7 @@ class StrADiff(LearnedSeparator):
                 with torch.no_grad():
                     decoder.weight /= decoder.weight.norm(dim=0)
             curve.append(loss.detach())
+            self._tell(step + 1, loss)
             terms.append(torch.stack(parts).detach())
             scales.append(prior.learned()["length_scales_"].detach().clone())
         self.loss_curve_ = torch.stack(curve).cpu().numpy()
@@ -294,9 +296,7 @@ class StrADiff(LearnedSeparator):
         self.paths_[step] = torch.stack(states).transpose(1, 2).double().cpu().numpy()
 
     @torch.no_grad()
-    def _finish(
-        self, X: Array, z: Tensor, whitening: Any, decoder: Map, prior: GPPrior, diffusion: Diffusion
-    ) -> None:
+    def _finish(self, X: Array, z: Tensor, whitening: Any, decoder: Map, prior: GPPrior, diffusion: Diffusion) -> None:
         self._keep_path(self.max_iter, diffusion)
         native, std = _moments(diffusion, self.draws)
         self.mean_, self._whitening = whitening.mean, whitening

@@ -12,6 +12,7 @@ may be noise, the sources can still turn.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -68,6 +69,9 @@ class LearnedSeparator(BlindSeparator):
     tol: float
     device: str
 
+    # Told of each iteration: done, total, message. No parameter: clones do not report.
+    progress: Callable[[int, int | None, str], None] | None = None
+
     sources_std_: Array
     loss_curve_: Array
     traces_: dict[str, Array]
@@ -89,6 +93,10 @@ class LearnedSeparator(BlindSeparator):
         if wanted.startswith("cuda") and not torch.cuda.is_available():
             raise UsageError(f"device={self.device!r}, but torch finds no CUDA device")
         return torch.device(wanted)
+
+    def _tell(self, done: int, loss: Tensor) -> None:
+        if self.progress is not None:
+            self.progress(done, self.max_iter, f"loss {float(loss.detach()):.4g}")
 
     def _starts(self) -> tuple[str, ...]:
         """What init="auto" compares. Priors that know spectra only have no use for FastICA's start."""
@@ -154,6 +162,12 @@ class VariationalSeparator(LearnedSeparator):
     warm: float
     learning_rate: float
     mlp_units: int
+    block: int | None
+
+    def _check_options(self) -> None:
+        super()._check_options()
+        if self.block is not None and self.block < 2:
+            raise UsageError(f"block is a number of samples or None, got {self.block!r}")
 
     def _prior(self, sources: int) -> SourcePrior:
         raise NotImplementedError
@@ -196,7 +210,7 @@ class VariationalSeparator(LearnedSeparator):
                 prior = self._prior(self.n_sources_)
             if isinstance(prior, nn.Module):
                 prior.to(z.device)
-            s = (z @ weight.to(z).T).T
+            s = (self._block(z) @ weight.to(z).T).T
             prior.start_from(s)
             likelihood = _fit_prior(prior, s)
             if best is None or likelihood > best[0]:
@@ -220,6 +234,7 @@ class VariationalSeparator(LearnedSeparator):
             optimiser.step()
             schedule.step()
             curve.append(loss.detach())
+            self._tell(step + 1, loss)
             traces.append({k: v.detach().clone() for k, v in {**prior.learned(), "q_": log_q.exp()}.items()})
         self.loss_curve_ = torch.stack(curve).cpu().numpy()
         self.traces_ = {k: torch.stack([t[k] for t in traces]).cpu().numpy() for k in traces[0]}
@@ -230,9 +245,7 @@ class VariationalSeparator(LearnedSeparator):
         progress = min(1.0, 2 * step / self.max_iter)
         return self.beta * self.warm ** (1 - progress)
 
-    def _loss(
-        self, z: Tensor, encoder: Map, decoder: Map, prior: SourcePrior, log_q: Tensor, beta: float
-    ) -> Tensor:
+    def _loss(self, z: Tensor, encoder: Map, decoder: Map, prior: SourcePrior, log_q: Tensor, beta: float) -> Tensor:
         """J of a stretch of z, over a draw and its mirror image about the mean: the noise of odd order cancels."""
         block = self._block(z)
         mean = encoder(block)
@@ -245,7 +258,11 @@ class VariationalSeparator(LearnedSeparator):
         return (losses[0] + losses[1]) / 2
 
     def _block(self, z: Tensor) -> Tensor:
-        return z
+        """A stretch of at most `block` samples, anywhere: priors that forget are learned from parts of a recording."""
+        if self.block is None or len(z) <= self.block:
+            return z
+        begin = int(torch.randint(len(z) - self.block + 1, ()))
+        return z[begin : begin + self.block]
 
     @torch.no_grad()
     def _finish(
