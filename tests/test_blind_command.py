@@ -124,3 +124,9 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path, capsys):
         command.build("sobi", None, {"beta": 1}, 0)
     with pytest.raises(AudioError, match="no such file"):
         command.read(tmp_path / "missing.mat")
+
+
+def test_the_command_offers_every_method():
+    from audiosep.cli import Method
+
+    assert [m.value for m in Method] == list(command.METHODS)

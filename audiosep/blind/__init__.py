@@ -13,6 +13,7 @@ from audiosep.errors import UsageError
 if TYPE_CHECKING:
     from audiosep.blind.ar_flow_vae import ARFlowVAE
     from audiosep.blind.classical import AMUSE, JADE, SOBI, FastICA, Picard
+    from audiosep.blind.convolutive import ILRMA, AuxIVA, FastMNMF2
     from audiosep.blind.gp_vae import GPVAE
     from audiosep.blind.skr_vae import SKRVAE
     from audiosep.blind.stradiff import StrADiff
@@ -21,8 +22,11 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "AMUSE": "audiosep.blind.classical",
     "ARFlowVAE": "audiosep.blind.ar_flow_vae",
+    "AuxIVA": "audiosep.blind.convolutive",
     "FastICA": "audiosep.blind.classical",
+    "FastMNMF2": "audiosep.blind.convolutive",
     "GPVAE": "audiosep.blind.gp_vae",
+    "ILRMA": "audiosep.blind.convolutive",
     "JADE": "audiosep.blind.classical",
     "Picard": "audiosep.blind.classical",
     "SKRVAE": "audiosep.blind.skr_vae",
@@ -30,7 +34,20 @@ _PUBLIC = {
     "StrADiff": "audiosep.blind.stradiff",
 }
 
-__all__ = ["AMUSE", "GPVAE", "JADE", "SKRVAE", "SOBI", "ARFlowVAE", "FastICA", "Picard", "StrADiff"]
+__all__ = [
+    "AMUSE",
+    "GPVAE",
+    "ILRMA",
+    "JADE",
+    "SKRVAE",
+    "SOBI",
+    "ARFlowVAE",
+    "AuxIVA",
+    "FastICA",
+    "FastMNMF2",
+    "Picard",
+    "StrADiff",
+]
 
 
 def __getattr__(name: str) -> Any:

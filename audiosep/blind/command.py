@@ -30,6 +30,9 @@ METHODS = {
     "gp-vae": "GPVAE",
     "skr-vae": "SKRVAE",
     "stradiff": "StrADiff",
+    "auxiva": "AuxIVA",
+    "ilrma": "ILRMA",
+    "fastmnmf2": "FastMNMF2",
 }
 TABLES = {".csv": ",", ".tsv": "\t", ".txt": None}  # None: white space
 ARRAYS = (".npy", ".mat")
@@ -175,12 +178,15 @@ def write(path: Path, out: Path, recording: Recording, estimator: Any) -> list[P
         written.append(_write_array(out / f"sources{path.suffix.lower()}", sources))
         if hasattr(estimator, "sources_std_"):
             written.append(_write_array(out / f"sources_std{path.suffix.lower()}", estimator.sources_std_))
-    written.append(_write_array(out / "mixing.csv", estimator.mixing_))
+    if hasattr(estimator, "mixing_"):
+        written.append(_write_array(out / "mixing.csv", estimator.mixing_))
     return written
 
 
 def heard(estimator: Any) -> Array:
     """The sources (T, n) at the level they have in the channel where each is strongest."""
+    if not hasattr(estimator, "mixing_"):  # those for rooms keep the level of the first channel
+        return np.asarray(estimator.sources_)
     return np.asarray(estimator.sources_ * np.abs(estimator.mixing_).max(0))
 
 
@@ -217,10 +223,9 @@ def _facts(estimator: Any, method: str, recording: Recording, seconds: float) ->
     for name in ("length_scales_", "ar_coef_", "innovation_std_", "rho_", "df_"):
         if hasattr(estimator, name):
             facts[name.rstrip("_").replace("_", " ")] = [float(v) for v in getattr(estimator, name)]
-    facts["mixing"] = {
-        recording.names[i] if recording.names else f"channel {i}": [float(v) for v in row]
-        for i, row in enumerate(estimator.mixing_)
-    }
+    if hasattr(estimator, "mixing_"):
+        names = recording.names or [f"channel {i}" for i in range(channels)]
+        facts["mixing"] = {name: [float(v) for v in row] for name, row in zip(names, estimator.mixing_)}
     return facts
 
 

@@ -186,10 +186,12 @@ def joint_smooth(Y: Array, noise: Array, processes: tuple[gp.Process, ...]) -> t
     """
     samples = len(Y)
     floor = np.diag([gp.NOISE_FLOOR * p.variance for p in processes])
-    noise = noise + floor
     columns = np.stack([p.column(samples) for p in processes])
-    alpha = _solve(columns, noise, Y.T)
-    mean = Y - (noise @ alpha).T  # K C^-1 Y = Y - N C^-1 Y
+    if noise.max() > 0:
+        noise = noise + floor
+        mean = Y - (noise @ _solve(columns, noise, Y.T)).T  # K C^-1 Y = Y - N C^-1 Y
+    else:
+        noise, mean = floor, Y
     alone = np.stack(
         [gp.smooth(y, replace(p, noise=v))[1] for y, p, v in zip(Y.T, processes, np.diag(noise))],
         axis=1,

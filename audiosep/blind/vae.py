@@ -90,6 +90,8 @@ class LearnedSeparator(BlindSeparator):
         wanted = str(self.device)
         if wanted == "auto":
             wanted = "cuda" if torch.cuda.is_available() else "cpu"
+        if wanted.partition(":")[0] not in ("cpu", "cuda"):
+            raise UsageError(f"device is auto, cpu, cuda or cuda:N, got {self.device!r}: double precision is needed")
         if wanted.startswith("cuda") and not torch.cuda.is_available():
             raise UsageError(f"device={self.device!r}, but torch finds no CUDA device")
         return torch.device(wanted)

@@ -22,7 +22,7 @@ from audiosep.blind import ARFlowVAE, StrADiff
 from audiosep.blind.matching import align, match, mean_correlation, scales
 
 mpl.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402 - after the backend is chosen
+import matplotlib.pyplot as plt
 
 Array = NDArray[np.float64]
 SHOWN_STATES = 6  # of a diffusion path
