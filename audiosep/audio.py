@@ -453,7 +453,7 @@ def _probe_media(path: Path, name: str, reason: str) -> AudioInfo:
         text = "corrupt, or not audio" if known else "not audio that soundfile can read"
         raise AudioError(f"{name}: {text} ({reason}); {_MEDIA_HINT}") from None
     try:
-        with path.open("rb") as file, av.open(file) as container:
+        with path.open("rb") as file, av.open(file, "r") as container:
             if not container.streams.audio:
                 raise AudioError(f"{name}: holds no sound")
             stream = container.streams.audio[0]
@@ -471,7 +471,7 @@ def _decode_media(path: Path, name: str) -> Iterator[Wave]:
     import av
 
     try:
-        with path.open("rb") as file, av.open(file) as container:
+        with path.open("rb") as file, av.open(file, "r") as container:
             stream = container.streams.audio[0]
             codec = stream.codec_context
             # Frames of a stream may change their format half way; the resampler evens that out.
@@ -479,9 +479,9 @@ def _decode_media(path: Path, name: str) -> Iterator[Wave]:
             for frame in container.decode(stream):
                 frame.pts = None
                 for part in planar.resample(frame):
-                    yield part.to_ndarray()
+                    yield part.to_ndarray().astype(np.float32, copy=False)
             for part in planar.resample(None):
-                yield part.to_ndarray()
+                yield part.to_ndarray().astype(np.float32, copy=False)
     except (av.error.FFmpegError, ValueError) as error:
         detail = getattr(error, "strerror", None) or str(error)
         raise AudioError(f"{name}: corrupt: {detail}; {_REMEDY}") from None

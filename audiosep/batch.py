@@ -169,7 +169,9 @@ def run(
     """
     if parallel == 1 or len(jobs) < 2:
         for job in jobs:
-            yield _one(separator, job, options, display.file(job.name))
+            result = _one(separator, job, options, display.file(job.name))
+            display.ended(job.name)
+            yield result
         return
     stop = threading.Event()
 
@@ -181,7 +183,9 @@ def run(
                 raise KeyboardInterrupt
             shown(done, total, message)
 
-        return _one(separator, job, options, callback)
+        result = _one(separator, job, options, callback)
+        display.ended(job.name)
+        return result
 
     with ThreadPoolExecutor(parallel) as pool:
         try:

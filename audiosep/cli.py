@@ -88,6 +88,9 @@ def _device(value: str) -> str:
 Models = Annotated[str, typer.Option("-n", "--model", help="Checkpoint names or folders, comma-separated.")]
 Device = Annotated[str, typer.Option("-d", "--device", help="auto, cpu, cuda, cuda:N or mps.", callback=_device)]
 Steps = Annotated[int | None, typer.Option(min=1, help="Steps of the sampler.  [default: the preset's]")]
+Samples = Annotated[
+    int | None, typer.Option(min=1, help="Posterior samples; the stems are their mean.  [default: the preset's]")
+]
 PresetOption = Annotated[
     Preset,
     typer.Option(help="Sampler settings: ours, or those of the method's code, or of its text."),
@@ -130,7 +133,7 @@ def separate(
     steps: Steps = None,
     sampler: SamplerOption = None,
     preset: PresetOption = Preset.default,
-    samples: Annotated[int, typer.Option(min=1, help="Posterior samples to draw; more give a mean and a spread.")] = 1,
+    samples: Samples = None,
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same stems.")] = 0,
     dtype: Annotated[Dtype, typer.Option(help="Number format of the network.")] = Dtype.auto,
     format: Annotated[str, typer.Option(help="Format of the stems: wav, flac, ogg, opus, mp3, aiff, w64, ...")] = "wav",
@@ -245,6 +248,7 @@ def evaluate(
     ] = "1speech+1sound",
     count: Annotated[int, typer.Option(min=1, help="Mixtures to separate.")] = 20,
     seed: Annotated[int, typer.Option(min=0, help="Chooses the mixtures and the noise.")] = 0,
+    length: Annotated[float, typer.Option(min=0.5, help="Seconds of a mixture.")] = 4.0,
     model: Models = DEFAULT_MODELS,
     manifest: Annotated[Path, typer.Option(help="The recordings to mix, as a recipe's prepare.py lists them.")] = Path(
         "data/open16k.csv"
@@ -252,6 +256,7 @@ def evaluate(
     preset: PresetOption = Preset.default,
     sampler: SamplerOption = None,
     steps: Steps = None,
+    samples: Samples = None,
     device: Device = "auto",
     out: Annotated[Path | None, typer.Option("-o", "--out", help="One JSON line per mixture, as it is scored.")] = None,
     verbose: Verbose = False,
@@ -274,11 +279,13 @@ def evaluate(
                 count=count,
                 seed=seed,
                 models=model,
+                segment=length,
                 out=out,
                 progress=shown.file(task),
                 preset=preset.value,
                 sampler=sampler and sampler.value,
                 steps=steps,
+                samples=samples,
                 device=device,
             )
         if as_json:

@@ -134,7 +134,7 @@ def load_prior(name: str | Path, device: str | torch.device = "cpu", dtype: torc
         raise ModelError(f"{folder / CONFIG}: names {len(prior.classes)} classes, the backbone has {rows}")
     prior = prior.to(device) if dtype is None else prior.to(device, dtype)
     # For reports: which weights these were. A snapshot's folder on the Hub is named by its commit.
-    prior.__dict__["origin"] = {"path": str(folder), "sha256": config["sha256"]}
+    prior.origin = {"path": str(folder), "sha256": config["sha256"]}
     return prior.eval().requires_grad_(False)
 
 

@@ -6,12 +6,13 @@ Stems are (K, C, n): K sources, C channels, n samples.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import pairwise, permutations
+from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from audiosep.mixing import best_permutation
 from audiosep.stft import stft
 
 N_BANDS = 40  # bands of a source's embedding
@@ -70,7 +71,7 @@ class Aligner:
         overlap: samples that consecutive segments share.
 
     Attributes:
-        margins: per segment and group, by how much the best match beat the next one (0..2).
+        margins: per segment and group, by how much the match beat the best swap of two stems (0..2).
     """
 
     def __init__(self, groups: Sequence[Sequence[int]], overlap: int) -> None:
@@ -117,13 +118,14 @@ class Aligner:
         self.weights = total
 
 
-def match(similarity: Tensor) -> tuple[tuple[int, ...], float]:
-    """Best assignment of sources to stems for a similarity (k, k), and its mean lead over the next best."""
+def match(similarity: Tensor) -> tuple[list[int], float]:
+    """Best assignment of sources to stems for a similarity (stem, source), and its lead over any swap of two."""
     k = len(similarity)
-    rows = torch.arange(k)
-    scores = {p: similarity[rows, torch.tensor(p)].mean().item() for p in permutations(range(k))}
-    ranked = sorted(scores, key=lambda p: scores[p], reverse=True)
-    return ranked[0], scores[ranked[0]] - scores[ranked[1]]
+    order = best_permutation(similarity.T[None])[0]
+    scores = similarity[:, order]
+    own = scores.diagonal()
+    lead = own[:, None] + own[None] - scores - scores.T + torch.diag(torch.full((k,), torch.inf).to(scores))
+    return order.tolist(), lead.min().item() / k
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:

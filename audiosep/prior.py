@@ -25,6 +25,11 @@ from torch import Tensor, nn
 from audiosep.schedules import Schedule
 
 
+def placed(value: Tensor, like: Tensor) -> Tensor:
+    """`value` on the device and in the type of `like`, without waiting for the device."""
+    return value.to(like.device, like.dtype, non_blocking=True)
+
+
 class Denoiser(Protocol):
     """What a sampler needs of a prior."""
 
@@ -68,6 +73,7 @@ class Prior(nn.Module):
         self.sample_rate, self.classes, self.level = sample_rate, tuple(classes), level
         self.kind, self.parameterization = kind, parameterization
         self.label_dropout = label_dropout
+        self.origin: dict[str, Any] = {}  # name, folder, hash: where it was loaded from, for reports
         self.null = int(getattr(backbone, "num_classes", 0))  # the null class's number
 
     @property
@@ -88,6 +94,13 @@ class Prior(nn.Module):
         """Standard deviation of the training signals."""
         return 10 ** (self.level / 20)
 
+    def checkpoint_activations(self, on: bool) -> bool:
+        """Recompute activations in backward passes, or not; returns whether that changed anything."""
+        if getattr(self.backbone, "checkpointing", on) == on:
+            return False
+        self.backbone.checkpointing = on  # type: ignore[assignment]
+        return True
+
     def denoise(self, x_t: Tensor, t: Tensor, label: Tensor | None = None, schedule: Schedule | None = None) -> Tensor:
         """Expected clean signal given a noisy one.
 
@@ -102,9 +115,9 @@ class Prior(nn.Module):
         """
         asked = schedule or self.schedule
         ratio = asked.ratio_at(t)
-        noisy = x_t / asked.alpha_of(ratio).to(x_t)[:, None]
+        noisy = x_t / placed(asked.alpha_of(ratio), x_t)[:, None]
         own = t if schedule is None else self.schedule.step_at(ratio)
-        return self._denoise(noisy, ratio.to(x_t), own.to(x_t), label)
+        return self._denoise(noisy, placed(ratio, x_t), placed(own, x_t), label)
 
     def _denoise(self, noisy: Tensor, ratio: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
         """E[x_0 | noisy] for noisy = x_0 + ratio * eps; t is the step of the prior's own schedule."""
@@ -181,7 +194,7 @@ class JointPrior:
         """E[x_0 | x_t] (B, K, N) of all sources (B, K, N) at step t of `schedule`."""
         estimates: list[Tensor] = [x_t] * len(self)
         for members in self.groups:
-            batch = x_t[:, members].flatten(0, 1)
+            batch = torch.stack([x_t[:, k] for k in members], 1).flatten(0, 1)
             steps = torch.full((len(batch),), t, dtype=torch.float64)
             label = self._label(members, len(x_t), x_t.device)
             joint = self.sources[members[0]][0].denoise(batch, steps, label, schedule)
@@ -215,7 +228,7 @@ class GaussianPrior:
         """Exact E[x_0 | x_t], (B, N)."""
         asked = schedule or self.schedule
         ratio = asked.ratio_at(t)
-        alpha = asked.alpha_of(ratio).to(x_t)[:, None]
-        spectrum = self.spectrum.to(x_t)
-        gain = spectrum / (spectrum + ratio.to(x_t)[:, None] ** 2)
+        alpha = placed(asked.alpha_of(ratio), x_t)[:, None]
+        spectrum = placed(self.spectrum, x_t)
+        gain = spectrum / (spectrum + placed(ratio, x_t)[:, None] ** 2)
         return torch.fft.irfft(gain * torch.fft.rfft(x_t / alpha), n=x_t.shape[-1])

@@ -11,7 +11,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
 
 Callback = Callable[[int, int | None, str], None]  # done, total, message
 
@@ -28,6 +31,9 @@ class Display:
     def file(self, name: str) -> Callback:
         """A file begins; returns what its progress is reported to."""
         return lambda done, total, message: None
+
+    def ended(self, name: str) -> None:
+        """A file is done, or has failed: its progress need not be seen any longer."""
 
     def note(self, text: str) -> None:
         """A line on stderr, left out when quiet."""
@@ -111,6 +117,7 @@ class BarDisplay(Display):
 
         super().__init__(quiet=quiet)
         self._lock = threading.Lock()
+        self._tasks: dict[str, TaskID] = {}
         # stdout is left alone: it may be a pipe, and rich would draw it on stderr.
         self._bars = Progress(
             TextColumn("{task.description}", markup=False),
@@ -119,17 +126,22 @@ class BarDisplay(Display):
             TimeRemainingColumn(elapsed_when_finished=True),
             TextColumn("{task.fields[message]}", markup=False),
             console=Console(stderr=True),
+            transient=True,
             redirect_stdout=False,
             redirect_stderr=False,
         )
 
     def file(self, name: str) -> Callback:
-        task = self._bars.add_task(name, total=None, message="")
+        task = self._tasks[name] = self._bars.add_task(name, total=None, message="")
 
         def callback(done: int, total: int | None, message: str) -> None:
             self._bars.update(task, completed=done, total=total, message=message)
 
         return callback
+
+    def ended(self, name: str) -> None:
+        with self._lock:
+            self._bars.remove_task(self._tasks.pop(name))
 
     def error(self, text: str) -> None:
         self._between(lambda: super(BarDisplay, self).error(text))
@@ -138,12 +150,10 @@ class BarDisplay(Display):
         self._between(lambda: super(BarDisplay, self).result(text))
 
     def _between(self, show: Callable[[], None]) -> None:
-        """Print while the bars are away; finished bars stay above the text."""
+        """Print while the bars are away."""
         with self._lock:
             running = self._bars.live.is_started
             self._bars.stop()
-            for task in [t.id for t in self._bars.tasks if t.finished]:
-                self._bars.remove_task(task)
             show()
             if running:
                 self._bars.start()

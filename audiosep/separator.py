@@ -29,7 +29,7 @@ from audiosep.errors import AudiosepError, UsageError
 from audiosep.longform import Aligner, OverlapAdd, cosine, count_segments, cut, match
 from audiosep.mixing import project, residual
 from audiosep.prior import JointPrior, Prior
-from audiosep.samplers import PRESETS, Noise, build
+from audiosep.samplers import PRESETS, SAMPLES, Noise, build
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class Separation:
         sample_rate: the input's, in Hz.
         residual: the input minus the sum of the sources, (C, T).
         report: what was run and how it went, plain data.
-        best: with several samples, the likeliest of them.
+        best: the likeliest sample, where a number of samples above one was asked for.
         spread: with several samples, their standard deviation per sample.
     """
 
@@ -97,10 +97,11 @@ class Separator:
         steps: network evaluations per source; None is the preset's own number.
         segment: seconds separated at a time; None is 4.
         overlap: fraction of a segment shared with the next, 0..0.5.
-        samples: posterior samples; above one the stems are their mean.
+        samples: posterior samples; above one the stems are their mean; None is the preset's own number.
         seed: of the noise; the same seed gives the same stems on every machine.
         consistent: share the residual out, so that the stems add up to the recording.
         batch: segments separated together; None is 1 on a CPU, 16 elsewhere, halved when memory runs out.
+        checkpointing: recompute activations in the backward pass of gradient samplers: less memory, a third more time.
         dtype: "auto" (bfloat16 on CUDA, else float32), "float32", "bfloat16" or "float16", for the networks.
     """
 
@@ -113,10 +114,11 @@ class Separator:
         steps: int | None = None,
         segment: float | None = None,
         overlap: float = 0.25,
-        samples: int = 1,
+        samples: int | None = None,
         seed: int = 0,
         consistent: bool = True,
         batch: int | None = None,
+        checkpointing: bool = False,
         dtype: str = "auto",
         device: str | torch.device = "cpu",
     ) -> None:
@@ -129,19 +131,22 @@ class Separator:
             raise UsageError(f"overlap must lie in 0..0.5 of a segment, got {overlap}")
         if segment is not None and segment < 0.1:
             raise UsageError(f"segment must be at least 0.1 s, got {segment} s")
-        if samples < 1:
+        if samples is not None and samples < 1:
             raise UsageError(f"samples must be at least 1, got {samples}")
         self.device = torch.device(device)
         self.priors = {name: prior.to(self.device).eval() for name, prior in priors.items()}
         for prior in self.priors.values():
             prior.requires_grad_(False)
+            prior.checkpoint_activations(checkpointing)
         self.sample_rate = next(iter(rates.values()))
         self.preset, self.sampler, self.steps = preset, sampler, steps
         self.segment, self.overlap = segment or SEGMENT, overlap
-        self.samples, self.seed, self.consistent = samples, seed, consistent
+        self.seed, self.consistent = seed, consistent
         self.batch = batch or (1 if self.device.type == "cpu" else 16)
         self.dtype = choose_dtype(dtype, self.device)
         self._sampler(self.resolve(None))  # wrong options are refused here, not after minutes of work
+        self.samples = samples or SAMPLES[preset]
+        self.rank = (samples or 1) > 1  # the likeliest sample is wanted, too
 
     @classmethod
     def from_pretrained(
@@ -250,8 +255,9 @@ class Separator:
             residual=back(rest[None])[0],
             report=job.report(),
         )
-        if self.samples > 1:
+        if self.rank:
             result.best = dict(zip(job.names, back(torch.cat([p.best for p in pieces], -1))))
+        if self.samples > 1:
             result.spread = dict(zip(job.names, back(torch.cat([p.spread for p in pieces], -1))))
         return result
 
@@ -289,7 +295,7 @@ class Separator:
         with audio.open_reader(path) as reader, contextlib.ExitStack() as stack:
             info = reader.info
             job = Job(self, wanted, info.sample_rate, info.frames, progress, share=not residual)
-            extra = [f"{name}_best" for name in job.names] if self.samples > 1 else []
+            extra = [f"{name}_best" for name in job.names] if self.rank else []
             names = [*job.names, *extra, *(["residual"] if residual else [])]
             paths = {name: place(name) for name in names}
             # All outputs are opened before the work starts, so that what can't be written is known at once.
@@ -300,7 +306,8 @@ class Separator:
                         info.sample_rate,
                         info.channels,
                         format=format,
-                        subtype=subtype or info.subtype,
+                        subtype=subtype or audio.subtype_for(info, suffix),
+                        frames=info.frames,
                     )
                 )
                 for name, target in paths.items()
@@ -363,7 +370,7 @@ class Job:
             groups.setdefault((source.prior, source.label), []).append(k)
         self.groups = [members for members in groups.values() if len(members) > 1]
         self.aligner = Aligner(self.groups, self.segment - self.hop)
-        self.segments = self.frames = self.channels = self.silent = 0
+        self.segments = self.frames = self.channels = self.evaluations = 0
         self.energy = torch.zeros(len(sources), dtype=torch.float64)
         self.mixture_energy = self.residual_energy = 0.0
         self.spread_energy = torch.zeros(len(sources), dtype=torch.float64)
@@ -397,20 +404,30 @@ class Job:
             yield held
 
     def _separate(self, waves: list[np.ndarray]) -> list[Piece]:
-        """Separate segments (C, n) of one length; when memory runs out, in smaller batches."""
+        """Separate segments (C, n) of one length; when memory runs out, in smaller batches, then with checkpointing."""
         try:
             return self._attempt(waves)
         except torch.OutOfMemoryError:
-            if len(waves) == 1:
+            if len(waves) == 1 and not self._save_memory():
                 raise AudiosepError(
                     f"out of memory on {self.separator.device} with a single segment of "
                     f"{self.separator.segment:g} s; use a shorter --segment or --device cpu"
                 ) from None
-            torch.cuda.empty_cache()
-            self.batch = max(1, len(waves) // 2)
-            log.warning("out of memory: going on with %d segments at a time", self.batch)
-        middle = len(waves) // 2
-        return self._separate(waves[:middle]) + self._separate(waves[middle:])
+        torch.cuda.empty_cache()
+        if len(waves) == 1:
+            return self._separate(waves)
+        half = self.batch = len(waves) // 2
+        log.warning("out of memory: going on with %d segments at a time", half)
+        return self._separate(waves[:half]) + self._separate(waves[half:])
+
+    def _save_memory(self) -> bool:
+        """Let the networks recompute activations in the backward pass; False where that is done or saves nothing."""
+        if not self.sampler.needs_gradient:
+            return False
+        if not any([prior.checkpoint_activations(True) for prior in self.separator.priors.values()]):
+            return False
+        log.warning("out of memory: going on with activation checkpointing")
+        return True
 
     def _attempt(self, waves: list[np.ndarray]) -> list[Piece]:
         separator = self.separator
@@ -443,20 +460,16 @@ class Job:
         rms = rows.square().mean(-1, keepdim=True).sqrt()
         gain = level * len(self.sources) ** 0.5 / rms.clamp(min=SILENCE)
         silent = rms < SILENCE
-        self.silent += int(silent.all())
         drawn, scores = [], []
         for sample in range(separator.samples):
             # The channels of a segment share their noise, so that identical channels give identical stems.
             seeds = [mix_seed(separator.seed, self.segments + i // channels, sample) for i in range(len(rows))]
             x = self._run_sampler(rows * gain, Noise(seeds), count)
-            if separator.samples > 1:
-                score = self._log_likelihood(x).view(count, channels).mean(1)
-            else:
-                score = torch.zeros(count)
+            score = self._log_likelihood(x) if separator.rank else torch.zeros(len(x))
+            scores.append(score.view(count, channels).mean(1).cpu())
             sources = torch.where(silent[..., None], 0.0, x / gain[..., None])
             sources = sources.view(count, channels, len(self.sources), length).transpose(1, 2)
             drawn.append(sources.cpu())
-            scores.append(score.cpu())
         return torch.stack(drawn), torch.stack(scores)
 
     def _run_sampler(self, y: Tensor, noise: Noise, count: int) -> Tensor:
@@ -465,6 +478,7 @@ class Job:
             for state in self.sampler(y, noise):
                 x = state.x
                 self.done += count
+                self.evaluations += len(y) * len(self.sources)
                 if self.progress is not None:
                     self.progress(self.done, self.total, f"step {state.step}/{state.steps}")
         return x.float()
@@ -487,6 +501,7 @@ class Job:
             actual = schedule.ratio_at(t)
             noise = Noise([0] * len(x))(len(self.sources), x)
             noisy = schedule.alpha_of(actual).item() * (x + actual.item() * noise)
+            self.evaluations += x.shape[0] * x.shape[1]
             with self._precision():
                 estimate = self.sampler.prior.denoise(noisy, t.item(), schedule)
             total -= (estimate.float() - x).square().mean((1, 2)) / actual.item() ** 2
@@ -563,9 +578,7 @@ class Job:
                 "duration_s": round(duration, 4),
                 "level_dbfs": round(mixture_level, 2),
             },
-            "models": {
-                name: {"name": name, **getattr(prior, "origin", {})} for name, prior in separator.priors.items()
-            },
+            "models": {name: {"name": name, **prior.origin} for name, prior in separator.priors.items()},
             "sampler": {
                 "name": separator.sampler or PRESETS[separator.preset],
                 "preset": separator.preset,
@@ -578,7 +591,7 @@ class Job:
             "segments": self.segments,
             "segment_s": round(self.segment / self.sample_rate, 4),
             "overlap_s": round((self.segment - self.hop) / self.sample_rate, 4),
-            "network_evaluations": self.segments * self.steps * separator.samples * len(self.sources),
+            "network_evaluations": self.evaluations,
             "seconds": round(self.seconds, 3),
             "real_time_factor": round(self.seconds / duration, 4) if duration else None,
             "residual_db": round(decibel(self.residual_energy / size) - mixture_level, 2),

@@ -295,6 +295,7 @@ def test_bar(capsys):
         callback(1, 4, "separating")
         bar.note("a note")
         callback(4, 4, "done")
+        bar.ended("[b]mix[/b].wav")
         bar.result("a result")
     out, err = capsys.readouterr()
     assert out == "a result\n"
@@ -431,6 +432,8 @@ def test_evaluate(monkeypatch, capsys):
         "sampler": None,
         "steps": 5,
         "device": "auto",
+        "samples": None,
+        "segment": 4.0,
     }
     assert run("evaluate", "--json") == 0
     assert json.loads(capsys.readouterr().out) == {"mean": 1.5}

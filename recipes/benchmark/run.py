@@ -1,0 +1,144 @@
+"""Time, memory and real-time factor of separating 1 speech + 1 sound: the published and the small network.
+
+Each case runs in a process of its own, on random weights (time does not depend on them), and adds a row to
+results.jsonl; `--table` writes the rows as Markdown to results.md.
+
+Run: python recipes/benchmark/run.py [--device cpu|cuda] [--out FOLDER]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+SEGMENT, OVERLAP, RATE = 4.0, 0.25, 16000
+NETWORKS: dict[str, dict[str, Any]] = {
+    "published": {},
+    "small": {
+        "width": 64,
+        "depth": (1, 1, 2, 1, 1),
+        "patch": (4, 4),
+        "head": "mask",
+        "adaln_zero": True,
+    },
+}
+PRESETS = ("default", "published")
+
+
+def measure(network: str, preset: str, device: str, dtype: str, batch: int, steps: int, checkpointing: bool) -> dict:
+    """One case: seconds per step of `batch` segments of two sources, and the peak memory."""
+    import torch
+
+    from audiosep.backbones.triple_path_unet import TriplePathUNet
+    from audiosep.prior import JointPrior, Prior
+    from audiosep.samplers import Noise, build
+    from audiosep.schedules import ve, vp_linear
+
+    priors = []
+    for num_classes in (1, 50):
+        net = TriplePathUNet(num_classes, **NETWORKS[network], checkpointing=checkpointing)
+        form, schedule = ("eps", vp_linear()) if network == "published" else ("edm", ve())
+        prior = Prior(net, schedule, parameterization=form).to(device).eval().requires_grad_(False)
+        priors.append((prior, 0))
+    full = len(build(JointPrior(priors), preset=preset).times)
+    sampler = build(JointPrior(priors), preset=preset, steps=steps + 1)
+    y = 0.1 * torch.randn(batch, round(SEGMENT * RATE), device=device)
+    marks = []
+    with torch.autocast(torch.device(device).type, getattr(torch, dtype), enabled=dtype != "float32"):
+        for state in sampler(y, Noise(range(batch))):
+            if device != "cpu":
+                torch.cuda.synchronize()
+            marks.append(time.perf_counter())
+            assert state.x.isfinite().all()
+    step = (marks[-1] - marks[0]) / steps  # the first step warms up
+    if device == "cpu":
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    else:
+        peak = torch.cuda.max_memory_allocated() / 2**30
+    return {
+        "network": network,
+        "parameters": sum(p.numel() for p in priors[1][0].backbone.parameters()),
+        "preset": preset,
+        "device": torch.cuda.get_device_name() if device != "cpu" else f"CPU, {torch.get_num_threads()} threads",
+        "dtype": dtype,
+        "checkpointing": checkpointing,
+        "segments": batch,
+        "step_s": round(step, 4),
+        "steps": full,
+        "real_time_factor": round(step * full / (batch * SEGMENT * (1 - OVERLAP)), 3),
+        "peak_gib": round(peak, 2),
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+    }
+
+
+def cases(device: str) -> list[dict[str, Any]]:
+    """What is measured on a device."""
+    if device == "cpu":
+        common = {"device": device, "dtype": "float32", "batch": 1, "checkpointing": False}
+        return [
+            {"network": "small", "preset": "default", "steps": 8, **common},
+            {"network": "small", "preset": "published", "steps": 4, **common},
+            {"network": "published", "preset": "default", "steps": 1, **common},
+            {"network": "published", "preset": "published", "steps": 1, **common, "checkpointing": True},
+        ]
+    return [
+        {
+            "network": network,
+            "preset": preset,
+            "device": device,
+            "dtype": dtype,
+            "batch": batch,
+            "steps": 10,
+            "checkpointing": False,
+        }
+        for network in NETWORKS
+        for preset in PRESETS
+        for dtype in ("float32", "bfloat16")
+        for batch in (1, 8)
+    ]
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as Markdown."""
+    names = [key for key in rows[0] if key not in ("machine", "torch")]
+    lines = [names, ["---"] * len(names), *([str(row[name]) for name in names] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def main() -> None:
+    """Run every case of the device, or the one given as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent)
+    parser.add_argument("--case", help="one case as JSON, printed and not kept")
+    arguments = parser.parse_args()
+    if arguments.case:
+        print(json.dumps(measure(**json.loads(arguments.case))))
+        return
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    log = arguments.out / "results.jsonl"
+    for case in cases(arguments.device):
+        command = [sys.executable, __file__, "--case", json.dumps(case)]
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=False)
+        if done.returncode:
+            print(f"failed: {case}\n{done.stderr[-2000:]}", file=sys.stderr)
+            continue
+        row = done.stdout.strip().splitlines()[-1]
+        print(row, flush=True)
+        with log.open("a", encoding="utf-8") as file:
+            file.write(row + "\n")
+    rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    (arguments.out / "results.md").write_text(table(rows), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

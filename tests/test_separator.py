@@ -1,0 +1,304 @@
+"""The separator around a tiny random prior: what must hold whatever the network says."""
+
+import numpy as np
+import pytest
+import soundfile as sf
+import torch
+
+from audiosep import audio
+from audiosep.errors import AudioError, AudiosepError, UsageError
+from audiosep.separator import Job, Separator, choose_device
+
+
+@pytest.fixture
+def make(tiny_prior):
+    def separator(**options):
+        priors = {
+            "speech": tiny_prior(kind="speech", seed=1),
+            "sound": tiny_prior(num_classes=3, classes=["Bark", "Bell", "Rain"], seed=2),
+        }
+        return Separator(priors, **{"steps": 2, "segment": 1.0, "samples": 1, **options})
+
+    return separator
+
+
+def adds_up(parts, wave):
+    """Whether float32 stems add up to the recording: to the last bit of the loudest of them."""
+    parts = [np.asarray(part, np.float64) for part in parts]
+    return np.abs(sum(parts) - wave).max() <= 2**-23 * max(np.abs(part).max() for part in parts)
+
+
+def recording(channels=1, seconds=1.0, rate=16000, seed=0):
+    rng = np.random.default_rng(seed)
+    return (0.1 * rng.standard_normal((channels, round(seconds * rate)))).astype(np.float32)
+
+
+@pytest.mark.parametrize("rate", [8000, 16000, 22050, 44100, 48000])
+@pytest.mark.parametrize("seconds", [0.1, 1.0, 2.7])
+def test_stems_have_the_recording_s_shape_and_add_up_to_it(make, rate, seconds):
+    wave = recording(2, seconds, rate)
+    result = make()(wave, rate)
+    assert list(result.sources) == ["speech", "sound"]
+    assert result.sample_rate == rate
+    assert all(stem.shape == wave.shape and stem.dtype == wave.dtype for stem in result.sources.values())
+    assert adds_up(result.sources.values(), wave)
+    assert np.abs(result.residual).max() < 1e-6
+    assert result.report["residual_db"] < -100
+
+
+def test_torch_comes_back_as_torch_and_one_channel_as_one(make):
+    wave = torch.from_numpy(recording())
+    result = make()(wave[0].double(), 16000)
+    stem = result.sources["speech"]
+    assert isinstance(stem, torch.Tensor)
+    assert stem.dtype == torch.float64
+    assert stem.shape == wave[0].shape
+
+
+def test_identical_channels_give_identical_stems(make):
+    wave = recording(1, 1.5)
+    result = make()(np.concatenate((wave, wave)), 16000, sources=["speech", "speech", "sound"])
+    for stem in result.sources.values():
+        assert np.array_equal(stem[0], stem[1])
+
+
+def test_stems_follow_the_recording_s_level(make):
+    wave = recording()
+    loud, quiet = make()(wave, 16000), make()(1e-3 * wave, 16000)
+    for name, stem in loud.sources.items():
+        assert np.allclose(quiet.sources[name], 1e-3 * stem, atol=1e-6 * np.abs(wave).max())
+
+
+def test_same_seed_same_stems_and_another_seed_others(make):
+    wave = recording()
+    first, again, other = (make(seed=seed)(wave, 16000).sources["speech"] for seed in (3, 3, 4))
+    assert np.array_equal(first, again)
+    assert not np.allclose(first, other, atol=1e-4)
+
+
+def test_segments_separate_the_same_alone_and_in_batches(make):
+    wave = recording(1, 3.3)
+    alone, batched = (make(batch=b)(wave, 16000).sources["speech"] for b in (1, 3))
+    assert np.allclose(alone, batched, atol=1e-5)
+
+
+def test_silence_stays_silent_and_is_said_to_be(make):
+    result = make()(np.zeros((1, 16000), np.float32), 16000)
+    assert all((stem == 0).all() for stem in result.sources.values())
+    assert any("silent" in note for note in result.report["notes"])
+    assert not any(row["active"] for row in result.report["sources"].values())
+
+
+def test_a_silent_channel_beside_a_loud_one_is_left_silent(make):
+    wave = recording(2)
+    wave[1] = 0
+    result = make()(wave, 16000)
+    assert all((stem[1] == 0).all() for stem in result.sources.values())
+    assert adds_up(result.sources.values(), wave)
+
+
+def test_names_are_classes_priors_and_numbers(make):
+    separator = make()
+    assert separator.source_names() == ["speech", "sound"]
+    assert separator.source_names(["SPEECH", "bark"]) == ["speech", "bark"]
+    assert separator.source_names(["speech", "rain", "Speech"]) == ["speech_1", "rain", "speech_2"]
+    assert separator.source_names(["sound:bell"]) == ["bell"]
+    with pytest.raises(UsageError, match=r"unknown source 'cat'.*Bark, Bell, Rain"):
+        separator.source_names(["cat"])
+
+
+def test_a_name_of_two_priors_is_ambiguous(tiny_prior):
+    priors = {key: tiny_prior(num_classes=1, classes=["Bark"], kind=key) for key in ("dogs", "pets")}
+    separator = Separator(priors, steps=1)
+    with pytest.raises(UsageError, match=r"ambiguous.*dogs:bark, pets:bark"):
+        separator.source_names(["bark"])
+    assert separator.source_names(["pets:bark"]) == ["bark"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"overlap": 0.6}, r"0\.\.0\.5.*0\.6"),
+        ({"segment": 0.01}, r"at least 0\.1 s"),
+        ({"samples": 0}, "at least 1"),
+        ({"steps": 0}, "at least 1"),
+        ({"preset": "best"}, "unknown preset 'best'"),
+        ({"sampler": "magic"}, "unknown sampler 'magic'"),
+        ({"dtype": "int8"}, "unknown dtype 'int8'"),
+    ],
+)
+def test_impossible_options_are_refused_before_any_work(make, options, message):
+    with pytest.raises(UsageError, match=message):
+        make(**options)
+
+
+@pytest.mark.parametrize("wave", [np.zeros((1, 0)), np.zeros((2, 3, 4)), np.full((1, 100), np.nan)])
+def test_arrays_that_are_no_recording_are_refused(make, wave):
+    with pytest.raises(UsageError, match="wave"):
+        make()(wave, 16000)
+
+
+def test_several_samples_give_mean_best_and_spread(make):
+    result = make(samples=3)(recording(1, 1.5), 16000)
+    assert result.sources.keys() == result.best.keys() == result.spread.keys()
+    assert all((spread >= 0).all() and spread.max() > 0 for spread in result.spread.values())
+    for sources in (result.sources, result.best):
+        assert adds_up(sources.values(), recording(1, 1.5))
+    assert all(row["spread_db"] < 40 for row in result.report["sources"].values())
+
+
+def test_the_default_preset_averages_samples_without_ranking_them(make):
+    result = make(samples=None)(recording(), 16000)
+    assert result.report["sampler"]["samples"] > 1
+    assert result.spread
+    assert not result.best
+    assert result.report["network_evaluations"] == 2 * 2 * result.report["sampler"]["samples"]
+
+
+def test_progress_counts_every_step_of_every_segment(make):
+    seen = []
+    separator = make(samples=2)
+    separator(recording(1, 2.6), 16000, progress=lambda done, total, text: seen.append((done, total)))
+    assert [done for done, _ in seen] == list(range(1, len(seen) + 1))
+    assert {total for _, total in seen} == {len(seen)}
+
+
+@pytest.mark.parametrize("preset", ["default", "published", "paper"])
+@pytest.mark.parametrize("sampler", ["hybrid", "dsg", "dps", "analytical", "mmps"])
+def test_every_sampler_runs_in_every_preset(make, sampler, preset):
+    wave = recording()
+    result = make(sampler=sampler, preset=preset)(wave, 16000)
+    assert adds_up(result.sources.values(), wave)
+    assert result.report["sampler"]["name"] == sampler
+
+
+def test_unprojected_stems_and_residual_add_up(make):
+    wave = recording(1, 1.3, 44100)
+    result = make(sampler="hybrid", consistent=False)(wave, 44100)
+    assert np.abs(result.residual).max() > 1e-3
+    assert adds_up([*result.sources.values(), result.residual], wave)
+
+
+@pytest.mark.parametrize(
+    ("subtype", "tolerance"), [("FLOAT", 1e-7), ("PCM_16", 1.01 / 2**15), ("PCM_24", 1.01 / 2**23)]
+)
+def test_files_add_up_to_the_last_bit_of_their_format(make, tmp_path, subtype, tolerance):
+    path = tmp_path / "録音.wav"
+    sf.write(path, 0.05 * recording(2, 2.2, 22050).T, 22050, subtype=subtype)
+    report = make().separate_file(path, tmp_path / "out")
+    stems = [sf.read(file)[0] for file in report["files"].values()]
+    original, rate = sf.read(path)
+    assert np.abs(sum(stems) - original).max() <= tolerance
+    info = sf.info(report["files"]["speech"])
+    assert (info.samplerate, info.channels, info.frames, info.subtype) == (rate, 2, len(original), subtype)
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["sound.wav", "speech.wav"]
+
+
+def test_a_file_separates_as_its_array_does(make, tmp_path):
+    wave = recording(1, 3.1)
+    audio.write(tmp_path / "mix.wav", wave, 16000, "FLOAT")
+    report = make().separate_file(tmp_path / "mix.wav", tmp_path)
+    expected = make()(wave, 16000).sources["sound"]
+    assert np.allclose(audio.read(report["files"]["sound"])[0], expected, atol=1e-6)
+
+
+def test_with_residual_the_files_still_complete_the_sum(make, tmp_path):
+    wave = recording(1, 1.2, 24000)
+    audio.write(tmp_path / "mix.wav", wave, 24000, "FLOAT")
+    report = make(sampler="dsg").separate_file(tmp_path / "mix.wav", tmp_path / "o", residual=True)
+    assert list(report["files"]) == ["speech", "sound", "residual"]
+    assert adds_up([audio.read(file)[0] for file in report["files"].values()], wave)
+
+
+def test_a_file_that_breaks_half_way_leaves_nothing_behind(make, tmp_path):
+    sf.write(tmp_path / "mix.flac", recording(1, 4).T, 16000)
+    content = (tmp_path / "mix.flac").read_bytes()
+    (tmp_path / "mix.flac").write_bytes(content[: len(content) // 2])
+    with pytest.raises(AudioError, match=r"mix\.flac"):
+        make().separate_file(tmp_path / "mix.flac", tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*"))
+
+
+def test_out_of_memory_halves_the_batch_and_goes_on(make, monkeypatch):
+    wave = recording(1, 4.0)
+    expected = make(batch=4)(wave, 16000).sources["speech"]
+    attempts, attempt = [], Job._attempt
+
+    def small_memory(job, waves):
+        attempts.append(len(waves))
+        if len(waves) > 1:
+            raise torch.OutOfMemoryError
+        return attempt(job, waves)
+
+    monkeypatch.setattr(Job, "_attempt", small_memory)
+    assert np.allclose(make(batch=4)(wave, 16000).sources["speech"], expected, atol=1e-5)
+    assert attempts[:3] == [4, 2, 1]
+
+    def no_memory(job, waves):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(Job, "_attempt", no_memory)
+    with pytest.raises(AudiosepError, match="shorter --segment"):
+        make()(wave, 16000)
+
+
+def test_out_of_memory_with_one_segment_turns_checkpointing_on(make, monkeypatch):
+    separator, attempt = make(sampler="hybrid"), Job._attempt
+
+    def small_memory(job, waves):
+        if not all(prior.backbone.checkpointing for prior in separator.priors.values()):
+            raise torch.OutOfMemoryError
+        return attempt(job, waves)
+
+    expected = make(sampler="hybrid")(recording(), 16000).sources["speech"]
+    monkeypatch.setattr(Job, "_attempt", small_memory)
+    assert np.allclose(separator(recording(), 16000).sources["speech"], expected, atol=1e-5)
+
+
+def test_priors_of_different_rates_are_refused(tiny_prior):
+    slow = tiny_prior()
+    slow.sample_rate = 8000
+    with pytest.raises(UsageError, match="8000"):
+        Separator({"a": tiny_prior(), "b": slow})
+
+
+def test_devices_that_are_not_there_are_refused():
+    assert choose_device("cpu").type == "cpu"
+    with pytest.raises(UsageError, match="warp"):
+        choose_device("warp9")
+    if not torch.cuda.is_available():
+        with pytest.raises(UsageError, match="doctor"):
+            choose_device("cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sampler", ["mmps", "hybrid"])
+def test_cuda_equals_the_cpu(tiny_prior, sampler):
+    from audiosep.metrics import si_sdr
+
+    wave = torch.from_numpy(recording(1, 2.0))
+    outputs = {}
+    for device, dtype in (("cpu", "float32"), ("cuda", "float32"), ("cuda", "bfloat16")):
+        priors = {"speech": tiny_prior(kind="speech", seed=1), "sound": tiny_prior(num_classes=2, seed=2)}
+        separator = Separator(priors, steps=3, device=device, dtype=dtype, sampler=sampler)
+        outputs[device, dtype] = torch.cat(list(separator(wave, 16000).sources.values()))
+    truth = outputs["cpu", "float32"]
+    exact, rough = outputs["cuda", "float32"], outputs["cuda", "bfloat16"]
+    assert (exact - truth).abs().max() <= 1e-4 * truth.abs().max()
+    assert si_sdr(rough, truth).min() > 25
+
+
+@pytest.mark.gpu
+def test_nothing_in_the_loop_waits_for_the_device(tiny_prior):
+    separator = Separator({"speech": tiny_prior(kind="speech")}, steps=3, device="cuda")
+    sampler = separator._sampler(separator.resolve(["speech", "speech"]))
+    from audiosep.samplers import Noise
+
+    y = torch.randn(2, 16000, device="cuda")
+    list(sampler(y, Noise([1, 2])))  # first calls set up cuFFT plans and caches
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            list(sampler(y, Noise([1, 2])))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
