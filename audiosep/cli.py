@@ -47,7 +47,20 @@ Preset = StrEnum("Preset", ["default", "published", "paper"])
 Sampler = StrEnum("Sampler", ["hybrid", "dsg", "dps", "analytical", "mmps"])
 Method = StrEnum(
     "Method",
-    "sobi amuse jade fastica picard ar-flow-vae gp-vae skr-vae stradiff auxiva ilrma fastmnmf2".split(),  # noqa: SIM905
+    [
+        "sobi",
+        "amuse",
+        "jade",
+        "fastica",
+        "picard",
+        "ar-flow-vae",
+        "gp-vae",
+        "skr-vae",
+        "stradiff",
+        "auxiva",
+        "ilrma",
+        "fastmnmf2",
+    ],
 )
 Dtype = StrEnum("Dtype", ["auto", "float32", "bfloat16", "float16"])
 Progress = StrEnum("Progress", ["auto", "plain", "json", "none"])

@@ -16,7 +16,7 @@ def room(seconds=3, rate=8000):
     """Two bursts of noise through short filters, as two microphones hear them; and each alone at the first."""
     rng = np.random.default_rng(0)
     samples = seconds * rate
-    level = [np.repeat(rng.random(30) ** 4, samples // 30) for _ in range(2)]
+    level = [np.repeat(rng.random(40) ** 4, samples // 40) for _ in range(2)]
     sources = [rng.laplace(size=samples) * g for g in level]
     filters = rng.standard_normal((2, 2, 60)) * np.exp(-np.arange(60) / 8)
     filters[0, 0, 0] = filters[1, 1, 0] = 4

@@ -10,8 +10,9 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-# ruff: noqa: ANN001, ANN201 - numba infers the types of what it compiles
+Array = NDArray[np.float64]
 
 
 @cache
@@ -25,7 +26,7 @@ def compiled(name: str) -> Callable[..., Any] | None:
     return numba.njit({f.__name__: f for f in functions}[name], cache=True, fastmath={"reassoc", "contract", "nsz"})
 
 
-def durbin(column):
+def durbin(column: Array) -> tuple[Array, Array]:
     """`toeplitz.durbin`, in loops."""
     size = len(column)
     a, errors = np.zeros(size), np.empty(size)
@@ -47,7 +48,7 @@ def durbin(column):
     return a, errors
 
 
-def matern_filter(s, transition, stationary, noise):
+def matern_filter(s: Array, transition: Array, stationary: Array, noise: float) -> tuple[Array, Array]:
     """Innovations and their variances of a state-space process observed in noise: (T,), (T,)."""
     samples, size = len(s), len(transition)
     innovations, variances = np.empty(samples), np.empty(samples)
@@ -62,7 +63,17 @@ def matern_filter(s, transition, stationary, noise):
     return innovations, variances
 
 
-def flow_forward(u, w_b, c_b, w_alpha, c_alpha, w_h, w_eps, c_h, kappa):
+def flow_forward(
+    u: Array,
+    w_b: Array,
+    c_b: Array,
+    w_alpha: Array,
+    c_alpha: Array,
+    w_h: Array,
+    w_eps: Array,
+    c_h: Array,
+    kappa: float,
+) -> tuple[Array, Array, Array]:
     """Invert the recurrent flow: noise (n, R), log-scales (n, R) and states (n, R + 1, H) of residuals u (n, R)."""
     sources, steps = u.shape
     size = w_b.shape[1]
@@ -85,7 +96,18 @@ def flow_forward(u, w_b, c_b, w_alpha, c_alpha, w_h, w_eps, c_h, kappa):
     return eps, alpha, h
 
 
-def flow_backward(eps, alpha, h, by_eps, by_alpha, w_b, w_alpha, w_h, w_eps, kappa):
+def flow_backward(
+    eps: Array,
+    alpha: Array,
+    h: Array,
+    by_eps: Array,
+    by_alpha: Array,
+    w_b: Array,
+    w_alpha: Array,
+    w_h: Array,
+    w_eps: Array,
+    kappa: float,
+) -> tuple[Array, ...]:
     """Gradients by u and by the parameters, in `flow_forward`'s order, of what has gradients by eps and alpha."""
     sources, steps = eps.shape
     size = w_b.shape[1]

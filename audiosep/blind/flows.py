@@ -16,6 +16,7 @@ that white heavy-tailed sources look all alike to it. base="student_t" (ours) le
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ class _InverseFlow(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, u: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
-        run = compiled.compiled("flow_forward") or compiled.flow_forward
+        run: Callable[..., Any] = compiled.compiled("flow_forward") or compiled.flow_forward
         values = [_array(t) for t in (u, *parameters)]
         eps, alpha, h = run(*values, KAPPA)
         ctx.state = eps, alpha, h, values
@@ -41,7 +42,7 @@ class _InverseFlow(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        run = compiled.compiled("flow_backward") or compiled.flow_backward
+        run: Callable[..., Any] = compiled.compiled("flow_backward") or compiled.flow_backward
         eps, alpha, h, (_, w_b, _, w_alpha, _, w_h, w_eps, _) = ctx.state
         found = run(eps, alpha, h, _array(grads[0]), _array(grads[1]), w_b, w_alpha, w_h, w_eps, KAPPA)
         return tuple(torch.from_numpy(g).to(grads[0]) for g in found)

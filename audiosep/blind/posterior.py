@@ -60,7 +60,7 @@ def smooth(X: Array, mixing: Array, processes: tuple[gp.Process, ...], noise: fl
 
 def _unmixed_noise(mixing: Array, noise: float) -> Array:
     """Covariance (n, n) of the noise in the unmixed sources."""
-    return noise * np.linalg.inv(mixing.T @ mixing)
+    return np.asarray(noise * np.linalg.inv(mixing.T @ mixing), dtype=np.float64)
 
 
 def _counts(noise: float, mixing: Array, processes: tuple[gp.Process, ...]) -> bool:

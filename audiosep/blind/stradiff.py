@@ -278,7 +278,7 @@ class StrADiff(LearnedSeparator):
             schedule.step()
             if self.mixing == "linear":
                 with torch.no_grad():
-                    decoder.weight /= decoder.weight.norm(dim=0)
+                    decoder.weight.div_(decoder.weight.norm(dim=0))
             curve.append(loss.detach())
             self._tell(step + 1, loss)
             terms.append(torch.stack(parts).detach())
