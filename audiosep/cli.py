@@ -45,6 +45,23 @@ app.add_typer(models_app, name="models")
 
 Preset = StrEnum("Preset", ["default", "published", "paper"])
 Sampler = StrEnum("Sampler", ["hybrid", "dsg", "dps", "analytical", "mmps"])
+Method = StrEnum(
+    "Method",
+    [
+        "sobi",
+        "amuse",
+        "jade",
+        "fastica",
+        "picard",
+        "ar-flow-vae",
+        "gp-vae",
+        "skr-vae",
+        "stradiff",
+        "auxiva",
+        "ilrma",
+        "fastmnmf2",
+    ],
+)
 Dtype = StrEnum("Dtype", ["auto", "float32", "bfloat16", "float16"])
 Progress = StrEnum("Progress", ["auto", "plain", "json", "none"])
 
@@ -345,6 +362,57 @@ def train_command(
             shown.note(f"stopped at step {result['step']}; go on with --resume")
             if stop_after is None:  # by a signal
                 raise typer.Exit(EXIT_INTERRUPTED)
+
+
+@app.command()
+def blind(
+    recording: Annotated[
+        Path,
+        typer.Argument(
+            help="Channels mixed at once: audio, csv, tsv, txt (a column each), npy or mat.", show_default=False
+        ),
+    ],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the sources and report.html.")] = Path("sources"),
+    method: Annotated[Method, typer.Option(help="How the sources are told apart.")] = Method.sobi,
+    n_sources: Annotated[int | None, typer.Option(min=1, help="How many sources.  [default: estimated]")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="An option of the method, as in mixing=mlp; may be repeated."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same sources.")] = 0,
+    progress: Annotated[Progress, typer.Option(help="Progress on stderr.")] = Progress.auto,
+    verbose: Verbose = False,
+    as_json: AsJson = False,
+) -> None:
+    """Find the sources that a recording's channels are mixtures of, knowing nothing of either.
+
+    Writes the sources as files of the recording's kind, the mixing matrix, and a page about them.
+    """
+    from audiosep.progress import display
+
+    shown = display(progress)
+    with _errors(verbose, shown), _logging(shown, verbose=verbose):
+        from audiosep.blind import command
+
+        options = command.parse(settings or [])
+        with shown:
+            facts = command.run(
+                recording,
+                out,
+                method=method.value,
+                n_sources=n_sources,
+                options=options,
+                seed=seed,
+                progress=shown.file(recording.name),
+            )
+            shown.ended(recording.name)
+        for warning in facts["warnings"]:
+            shown.note(warning)
+        if as_json:
+            print(json.dumps(facts))
+            return
+        for path in [*facts["files"], facts["page"]]:
+            shown.result(path)
 
 
 @models_app.command("list")

@@ -1,4 +1,4 @@
-"""Self-contained pages: a table of facts, and a spectrogram with a player for each track.
+"""Self-contained pages: a table of facts, curves, and a spectrogram with a player for each track.
 
 One HTML file that needs no network: pictures and sound lie in it as data. It follows the
 reader's light or dark setting, and everything works from the keyboard.
@@ -14,6 +14,7 @@ import struct
 import tempfile
 import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,17 @@ Track = tuple[str, "NDArray[np.floating[Any]]", int]
 
 WIDTH, HEIGHT = 1000, 192  # of a picture, in pixels; HEIGHT is the number of mel bands
 RANGE_DB = 80.0
+PLOT_POINTS, PLOT_HEIGHT = 2000, 160
+_LINES = (
+    "#a3245f",
+    "#2a78b5",
+    "#c77700",
+    "#3a8a3a",
+    "#7a55c7",
+    "#8a6d3b",
+    "#0f8f8f",
+    "#b54a2a",
+)  # legible on both grounds
 # Dark violet to pale yellow, evenly rising in lightness: red, green, blue at equal distances.
 _COLOURS = np.array(
     [
@@ -45,8 +57,25 @@ _COLOURS = np.array(
 )
 
 
-def write_page(path: str | os.PathLike[str], title: str, report: dict[str, Any], tracks: Sequence[Track]) -> None:
-    """Write a page about some tracks: (name, wave (C, T), sample rate in Hz) each.
+@dataclass(frozen=True)
+class Plot:
+    """Curves over one axis: name -> (N,) values, and name -> (low, high) of the band around a curve."""
+
+    title: str
+    curves: dict[str, NDArray[np.floating[Any]]]
+    x_label: str
+    x_end: float
+    bands: dict[str, tuple[NDArray[np.floating[Any]], NDArray[np.floating[Any]]]] = field(default_factory=dict)
+
+
+def write_page(
+    path: str | os.PathLike[str],
+    title: str,
+    report: dict[str, Any],
+    tracks: Sequence[Track] = (),
+    plots: Sequence[Plot] = (),
+) -> None:
+    """Write a page about some tracks: (name, wave (C, T), sample rate in Hz) each; plots come after them.
 
     All pictures share one colour scale, so that a faint stem looks faint. Raises AudioError if
     the file can't be written.
@@ -54,6 +83,7 @@ def write_page(path: str | os.PathLike[str], title: str, report: dict[str, Any],
     pictures = [mel_picture(wave, rate) for _, wave, rate in tracks]
     top = max((float(picture.max()) for picture in pictures), default=0.0)
     figures = [_figure(track, picture, top) for track, picture in zip(tracks, pictures)]
+    figures += [_plot(plot) for plot in plots]
     page = _PAGE.format(
         title=html.escape(_printable(title)),
         table=_table(report),
@@ -130,6 +160,42 @@ def _figure(track: Track, picture: NDArray[np.floating[Any]], top: float) -> str
         half=f"{_mel_middle(rate) / 1000:.1f}",
         nyquist=f"{rate / 2000:g}",
         end=f"{wave.shape[1] / rate:.1f}",
+    )
+
+
+def _plot(plot: Plot) -> str:
+    """An SVG of the curves, at most PLOT_POINTS points each, on a common scale."""
+    values = [*plot.curves.values(), *(edge for band in plot.bands.values() for edge in band)]
+    low = min((float(np.nanmin(v)) for v in values if len(v)), default=0.0)
+    high = max((float(np.nanmax(v)) for v in values if len(v)), default=1.0)
+    span = (high - low) or 1.0
+
+    def points(curve: NDArray[np.floating[Any]]) -> list[str]:
+        chosen = np.unique(np.linspace(0, len(curve) - 1, min(len(curve), PLOT_POINTS)).astype(int))
+        x = chosen / max(len(curve) - 1, 1) * WIDTH
+        y = PLOT_HEIGHT * (1 - (np.asarray(curve, dtype=float)[chosen] - low) / span)
+        return [f"{a:.1f},{b:.1f}" for a, b in zip(x, y)]
+
+    shapes, labels = [], []
+    for index, (name, curve) in enumerate(plot.curves.items()):
+        hue = _LINES[index % len(_LINES)]
+        if name in plot.bands:
+            lower, upper = plot.bands[name]
+            outline = " ".join([*points(lower), *reversed(points(upper))])
+            shapes.append(f'<polygon points="{outline}" fill="{hue}" opacity=".25"/>')
+        line = " ".join(points(curve))
+        shapes.append(f'<polyline points="{line}" stroke="{hue}"/>')
+        labels.append(f'<span style="color:{hue}">{html.escape(_printable(name))}</span>')
+    return _CHART.format(
+        title=html.escape(_printable(plot.title)),
+        labels=" ".join(labels) if len(labels) > 1 else "",
+        width=WIDTH,
+        height=PLOT_HEIGHT,
+        shapes="".join(shapes),
+        low=f"{low:.4g}",
+        high=f"{high:.4g}",
+        end=f"{plot.x_end:.6g}",
+        unit=html.escape(_printable(plot.x_label)),
     )
 
 
@@ -221,6 +287,16 @@ _FIGURE = """<figure>
 <audio controls preload="metadata" src="{sound}" aria-label="{name}"></audio>
 </figure>"""
 
+_CHART = """<figure>
+<figcaption><h2>{title}</h2> {labels}</figcaption>
+<div class="plot">
+<div class="scale" aria-hidden="true"><span>{high}</span><span>{low}</span></div>
+<svg class="chart" viewBox="0 0 {width} {height}" preserveAspectRatio="none" role="img"
+ aria-label="{title}, from 0 to {end} {unit}, values {low} to {high}">{shapes}</svg>
+</div>
+<div class="axis" aria-hidden="true"><span>0</span><span>{end} {unit}</span></div>
+</figure>"""
+
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1d1a22; --soft: #625d6b; --page: #fbfaf8;
   --line: #dcd8d2; --accent: #a3245f; }
@@ -242,6 +318,9 @@ figcaption span, .scale { color: var(--soft); font-size: .85rem; }
 .picture img { width: 100%; height: 100%; display: block; }
 .head { position: absolute; top: 0; bottom: 0; left: 0; width: 2px; background: #fff;
   box-shadow: 0 0 0 1px #0008; }
+.chart { flex: 1; height: 9rem; min-width: 0; border-bottom: 1px solid var(--line); overflow: visible; }
+.chart polyline { fill: none; stroke-width: 1.2; vector-effect: non-scaling-stroke; }
+.axis { display: flex; justify-content: space-between; margin-left: 4.7rem; color: var(--soft); font-size: .85rem; }
 audio { display: block; width: calc(100% - 4.7rem); margin-left: 4.7rem; }
 audio:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; border-radius: 4px; }
 section { border-top: 1px solid var(--line); padding-top: 1rem; }

@@ -1,0 +1,93 @@
+"""AR-Flow VAE: a variational autoencoder whose latent sources have autoregressive flows as priors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from audiosep.blind.base import choose
+from audiosep.blind.flows import BASES, ARFlowPrior
+from audiosep.blind.vae import SourcePrior, VariationalSeparator
+
+
+class ARFlowVAE(VariationalSeparator):
+    """Separation by a variational autoencoder with an autoregressive flow prior per source.
+
+    Wei, Deng, Cui, Sun: "AR-Flow VAE: a structured autoregressive flow prior variational autoencoder for unsupervised
+    blind source separation" (2026), arXiv:2603.14441.
+
+    Parameters
+    ----------
+    n_sources: int or None
+        Number of sources; None estimates it.
+    mixing: "linear" or "mlp"
+        Encoder and decoder; "mlp" bends the linear maps with tanh networks, and wants some 3000 iterations.
+    base: "normal" or "student_t"
+        Distribution of the flow's noise. "normal" is the paper's, and cannot separate white heavy-tailed sources.
+    init: "auto", "sobi", "fastica" or "random"
+        Where the unmixing starts. "auto" is SOBI's; with base="student_t" it is SOBI's or FastICA's, whichever the
+        prior finds likelier.
+    posterior: "gp" or "native"
+        What sources_ and sources_std_ are: the posterior under Gaussian processes fitted to the sources, or the
+        encoder's mean and its learned deviation (which is no measure of the error).
+    hidden: int
+        Size H of the flow's state.
+    beta, warm: float
+        Weight of the divergence term (twice the variance of the observation noise), and how many times it starts at.
+    mlp_units: int
+        Width of the networks of mixing="mlp".
+    block: int or None
+        Samples seen in one iteration, a stretch anywhere in a longer recording; None sees all.
+    learning_rate: float
+        Peak of Adam's one-cycle schedule; 0.3 of it for "mlp".
+    max_iter, tol: int, float
+        Iterations; share of the loss's range by which it may still change without a warning.
+    random_state, device: the seed; "auto", "cpu" or "cuda".
+
+    Attributes
+    ----------
+    sources_, sources_std_ (n_samples, n_sources); mixing_ (n_channels, n_sources; the best linear one for "mlp"); mean_
+    ar_coef_, innovation_std_ (n_sources,), df_ too for "student_t"; traces_: their course over the iterations
+    loss_curve_, elbo_ (nats), n_iter_; init_: the start chosen
+    noise_: noise variance per channel and processes_: the fitted processes, with posterior="gp".
+    """
+
+    def __init__(
+        self,
+        n_sources: int | None = None,
+        *,
+        mixing: str = "linear",
+        base: str = "normal",
+        init: str = "auto",
+        posterior: str = "gp",
+        hidden: int = 8,
+        beta: float = 0.1,
+        warm: float = 10.0,
+        mlp_units: int = 32,
+        block: int | None = 20000,
+        learning_rate: float = 1e-2,
+        max_iter: int = 400,
+        tol: float = 1e-2,
+        random_state: Any = None,
+        device: str = "auto",
+    ) -> None:
+        self.n_sources = n_sources
+        self.mixing = mixing
+        self.base = base
+        self.init = init
+        self.posterior = posterior
+        self.hidden = hidden
+        self.beta = beta
+        self.warm = warm
+        self.mlp_units = mlp_units
+        self.block = block
+        self.learning_rate = learning_rate
+        self.max_iter = max_iter
+        self.tol = tol
+        self.random_state = random_state
+        self.device = device
+
+    def _starts(self) -> tuple[str, ...]:
+        return ("sobi",) if self.base == "normal" else ("sobi", "fastica")
+
+    def _prior(self, sources: int) -> SourcePrior:
+        return ARFlowPrior(sources, self.hidden, choose("base", self.base, BASES))

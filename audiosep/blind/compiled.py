@@ -1,0 +1,145 @@
+"""The recursions over samples that are worth compiling. numba does it; without it numpy does the same, slower.
+
+`compiled(name)` is the function, or None where numba is missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+
+@cache
+def compiled(name: str) -> Callable[..., Any] | None:
+    """The compiled function of that name; compiled once per machine where the cache can be written."""
+    try:
+        import numba
+    except ImportError:
+        return None
+    functions = (durbin, matern_filter, flow_forward, flow_backward)
+    return numba.njit({f.__name__: f for f in functions}[name], cache=True, fastmath={"reassoc", "contract", "nsz"})
+
+
+def durbin(column: Array) -> tuple[Array, Array]:
+    """`toeplitz.durbin`, in loops."""
+    size = len(column)
+    a, errors = np.zeros(size), np.empty(size)
+    old = np.zeros(size)
+    a[0], errors[0] = 1.0, column[0]
+    for k in range(1, size):
+        total = 0.0
+        for i in range(k):
+            total += a[i] * column[k - i]
+        reflection = -total / errors[k - 1]
+        for i in range(k):
+            old[i] = a[i]
+        for i in range(1, k + 1):
+            a[i] += reflection * old[k - i]
+        errors[k] = errors[k - 1] * (1 - reflection * reflection)
+        if not errors[k] > 0:
+            errors[k:] = -1.0
+            break
+    return a, errors
+
+
+def matern_filter(s: Array, transition: Array, stationary: Array, noise: float) -> tuple[Array, Array]:
+    """Innovations and their variances of a state-space process observed in noise: (T,), (T,)."""
+    samples, size = len(s), len(transition)
+    innovations, variances = np.empty(samples), np.empty(samples)
+    state, spread = np.zeros(size), stationary.copy()
+    process = stationary - transition @ stationary @ transition.T
+    for t in range(samples):
+        innovations[t] = s[t] - state[0]
+        variances[t] = spread[0, 0] + noise
+        gain = spread[:, 0] / variances[t]
+        state = transition @ (state + gain * innovations[t])
+        spread = transition @ (spread - np.outer(gain, spread[0])) @ transition.T + process
+    return innovations, variances
+
+
+def flow_forward(
+    u: Array,
+    w_b: Array,
+    c_b: Array,
+    w_alpha: Array,
+    c_alpha: Array,
+    w_h: Array,
+    w_eps: Array,
+    c_h: Array,
+    kappa: float,
+) -> tuple[Array, Array, Array]:
+    """Invert the recurrent flow: noise (n, R), log-scales (n, R) and states (n, R + 1, H) of residuals u (n, R)."""
+    sources, steps = u.shape
+    size = w_b.shape[1]
+    eps, alpha = np.empty((sources, steps)), np.empty((sources, steps))
+    h = np.zeros((sources, steps + 1, size))
+    for j in range(sources):
+        for t in range(steps):
+            b, a = c_b[j], c_alpha[j]
+            for i in range(size):
+                b += w_b[j, i] * h[j, t, i]
+                a += w_alpha[j, i] * h[j, t, i]
+            a = kappa * np.tanh(a)
+            e = (u[j, t] - b) * np.exp(-a)
+            alpha[j, t], eps[j, t] = a, e
+            for i in range(size):
+                total = c_h[j, i] + w_eps[j, i] * e
+                for k in range(size):
+                    total += w_h[j, i, k] * h[j, t, k]
+                h[j, t + 1, i] = np.tanh(total)
+    return eps, alpha, h
+
+
+def flow_backward(
+    eps: Array,
+    alpha: Array,
+    h: Array,
+    by_eps: Array,
+    by_alpha: Array,
+    w_b: Array,
+    w_alpha: Array,
+    w_h: Array,
+    w_eps: Array,
+    kappa: float,
+) -> tuple[Array, ...]:
+    """Gradients by u and by the parameters, in `flow_forward`'s order, of what has gradients by eps and alpha."""
+    sources, steps = eps.shape
+    size = w_b.shape[1]
+    d_u = np.empty((sources, steps))
+    d_w_b, d_c_b = np.zeros((sources, size)), np.zeros(sources)
+    d_w_alpha, d_c_alpha = np.zeros((sources, size)), np.zeros(sources)
+    d_w_h = np.zeros((sources, size, size))
+    d_w_eps, d_c_h = np.zeros((sources, size)), np.zeros((sources, size))
+    d_h, before, inner = np.zeros(size), np.zeros(size), np.zeros(size)
+    for j in range(sources):
+        d_h[:] = 0.0
+        for t in range(steps - 1, -1, -1):
+            e, a = eps[j, t], alpha[j, t]
+            d_e = by_eps[j, t]
+            for i in range(size):
+                inner[i] = d_h[i] * (1 - h[j, t + 1, i] ** 2)
+                d_e += inner[i] * w_eps[j, i]
+                d_w_eps[j, i] += inner[i] * e
+                d_c_h[j, i] += inner[i]
+            d_u[j, t] = d_e * np.exp(-a)
+            d_b = -d_u[j, t]
+            d_a = (by_alpha[j, t] - d_e * e) * (kappa - a * a / kappa)
+            d_c_b[j] += d_b
+            d_c_alpha[j] += d_a
+            for i in range(size):
+                before[i] = w_b[j, i] * d_b + w_alpha[j, i] * d_a
+                d_w_b[j, i] += d_b * h[j, t, i]
+                d_w_alpha[j, i] += d_a * h[j, t, i]
+            for i in range(size):
+                for k in range(size):
+                    before[k] += w_h[j, i, k] * inner[i]
+                    d_w_h[j, i, k] += inner[i] * h[j, t, k]
+            for i in range(size):
+                d_h[i] = before[i]
+    return d_u, d_w_b, d_c_b, d_w_alpha, d_c_alpha, d_w_h, d_w_eps, d_c_h

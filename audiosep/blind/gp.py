@@ -1,0 +1,277 @@
+"""Stationary Gaussian processes on a regular grid: exact likelihood, gradient, fit and smoothing.
+
+A source s (T,) has covariance K = Toeplitz(r), r[d] = variance * k(d) for lags d in samples, plus `noise` at lag 0.
+With x and the diagonal sums of K^-1 from `toeplitz`,
+
+    NLL = (T log 2 pi + log|K| + s^T K^-1 s) / 2,    dNLL/ds = a = K^-1 s,
+    dNLL/dr[d] = (sum of both d-th diagonals of K^-1 - a a^T) / 2,
+
+exact at O(T^2) (O(T log T) past 16,000 samples), where a Cholesky factor costs O(T^3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.linalg import expm
+from scipy.optimize import minimize
+from torch import Tensor
+
+from audiosep.blind import toeplitz
+from audiosep.blind.compiled import compiled, matern_filter
+from audiosep.errors import UsageError
+
+Array = NDArray[np.float64]
+
+
+def rbf(lag: Tensor, length_scale: Tensor) -> Tensor:
+    """exp(-d^2 / (2 l^2))."""
+    return torch.exp(-0.5 * (lag / length_scale) ** 2)
+
+
+def matern12(lag: Tensor, length_scale: Tensor) -> Tensor:
+    """exp(-d / l): first-order autoregressive."""
+    return torch.exp(-lag / length_scale)
+
+
+def matern32(lag: Tensor, length_scale: Tensor) -> Tensor:
+    """(1 + sqrt(3) d / l) exp(-sqrt(3) d / l)."""
+    scaled = 3**0.5 * lag / length_scale
+    return (1 + scaled) * torch.exp(-scaled)
+
+
+def matern52(lag: Tensor, length_scale: Tensor) -> Tensor:
+    """(1 + sqrt(5) d / l + 5 d^2 / (3 l^2)) exp(-sqrt(5) d / l)."""
+    scaled = 5**0.5 * lag / length_scale
+    return (1 + scaled + scaled**2 / 3) * torch.exp(-scaled)
+
+
+ENVELOPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "rbf": rbf,
+    "matern12": matern12,
+    "matern32": matern32,
+    "matern52": matern52,
+}
+KERNELS = (*ENVELOPES, "periodic")
+DEFAULT_KERNELS = ("rbf", "matern32", "matern12")
+FIT_SAMPLES = 4000
+EVIDENCE = 2.0  # a fit without noise is kept unless noise makes the source likelier by more than this (in nats)
+
+
+def correlation(
+    kernel: str, lag: Tensor, length_scale: Tensor, frequency: Tensor | float = 0.0, decay: Tensor | float = 0.0
+) -> Tensor:
+    """The kernel at lags d (T,), 1 at lag 0; parameters broadcast, as (n, 1).
+
+    rbf and matern are multiplied by cos(2 pi f d), which moves the spectrum from 0 to the frequency f in cycles per
+    sample; periodic is exp(-2 sin^2(pi f d) / l^2), of period 1 / f and with l a share of it, times exp(-decay d).
+    """
+    turns = torch.pi * lag * frequency
+    if kernel == "periodic":
+        return torch.exp(-2 * torch.sin(turns) ** 2 / length_scale**2 - decay * lag)
+    if kernel not in ENVELOPES:
+        raise UsageError(f"kernel is {', '.join(KERNELS[:-1])} or {KERNELS[-1]}, got {kernel!r}")
+    return ENVELOPES[kernel](lag, length_scale) * torch.cos(2 * turns)
+
+
+class _NegativeLogLikelihood(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, s: Tensor, column: Tensor) -> Tensor:
+        signals, columns = (t.detach().cpu().double().numpy() for t in (s, column))
+        values, by_signal, by_column = np.empty(len(s)), np.empty_like(signals), np.empty_like(signals)
+        for i, (signal, first) in enumerate(zip(signals, columns)):
+            inverse = toeplitz.Inverse.of(first)
+            a = inverse.solve(signal)
+            values[i] = 0.5 * (len(signal) * np.log(2 * np.pi) + inverse.logdet + signal @ a)
+            by_signal[i] = a
+            by_column[i] = inverse.diagonal_sums - toeplitz.correlate(a, a)
+            by_column[i, 0] /= 2  # the other diagonals come in pairs
+        ctx.save_for_backward(torch.from_numpy(by_signal).to(s), torch.from_numpy(by_column).to(column))
+        return torch.from_numpy(values).to(s)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        by_signal, by_column = ctx.saved_tensors
+        return grads[0][:, None] * by_signal, grads[0][:, None] * by_column
+
+
+def negative_log_likelihood(s: Tensor, column: Tensor) -> Tensor:
+    """-log N(s; 0, Toeplitz(column)) of each source: (n, T), (n, T) -> (n,). Differentiable in both.
+
+    Computed in double precision on the CPU, whatever the tensors' device and type.
+    """
+    return _NegativeLogLikelihood.apply(s, column)
+
+
+@dataclass(frozen=True)
+class Process:
+    """A fitted process: variance * correlation(kernel, ...), observed in white noise of variance `noise`.
+
+    length_scale in samples (of the period for "periodic"); frequency in cycles per sample; nll of the fit.
+    """
+
+    kernel: str
+    length_scale: float
+    frequency: float
+    variance: float
+    noise: float
+    nll: float = float("nan")
+
+    def column(self, samples: int, *, noise: bool = False) -> Array:
+        """The first column of the covariance: (samples,)."""
+        lag = torch.arange(samples, dtype=torch.float64)
+        scale = torch.tensor(self.length_scale, dtype=torch.float64)
+        column = self.variance * correlation(self.kernel, lag, scale, self.frequency).numpy()
+        column[0] += self.noise if noise else 0.0
+        return column
+
+
+NOISE_FLOOR = 1e-6  # of the variance: keeps the covariance of noise-free smooth sources invertible
+
+
+def smooth(observed: Array, process: Process) -> tuple[Array, Array]:
+    """The exact posterior of s given observed = s + noise: mean (T,), standard deviation (T,).
+
+    With C = K + v I: mean = K C^-1 y, and the covariance K - K C^-1 K = v I - v^2 C^-1, whose diagonal the
+    Gohberg-Semencul formula holds. v is at least NOISE_FLOOR of the variance.
+    """
+    noise = max(process.noise, NOISE_FLOOR * process.variance)
+    column = process.column(len(observed))
+    column[0] += noise
+    inverse = toeplitz.Inverse.of(column)
+    mean = observed - noise * inverse.solve(observed)  # K C^-1 y = y - v C^-1 y
+    variance = noise - noise**2 * inverse.diagonal
+    return mean, np.sqrt(np.maximum(variance, 0.0))
+
+
+def fit(
+    s: Array,
+    kernels: Sequence[str] = DEFAULT_KERNELS,
+    *,
+    noise: float | None = None,
+    modulated: bool = True,
+    max_iter: int = 30,
+) -> Process:
+    """The process that makes s (T,) likeliest: over the kernels, with and without a frequency.
+
+    noise: the variance of the noise in s if it is known; None fits it.
+    Of more than FIT_SAMPLES samples the middle ones are taken: a stationary process is the same everywhere.
+    """
+    s = _stretch(s)
+    power = float(np.mean(s**2))
+    if not power > 0:
+        raise UsageError("a silent source has no process to fit")
+    unit = torch.from_numpy(np.ascontiguousarray(s / np.sqrt(power)))[None]
+    known = None if noise is None else noise / power
+    starts = [(kernel, 0.0) for kernel in kernels if kernel != "periodic"]
+    if modulated:
+        peak = spectral_peak(s)
+        starts += [(kernel, peak) for kernel in kernels if peak > 0]
+    fits = [_fit_one(unit, kernel, frequency, known, max_iter) for kernel, frequency in starts]
+    best = min(fits, key=lambda p: p.nll)
+    if noise is None:
+        clean = min((_fit_one(unit, k, f, 0.0, max_iter) for k, f in starts), key=lambda p: p.nll)
+        best = clean if clean.nll < best.nll + EVIDENCE else best
+    return Process(
+        best.kernel,
+        best.length_scale,
+        best.frequency,
+        best.variance * power,
+        best.noise * power,
+        best.nll + len(s) / 2 * float(np.log(power)),
+    )
+
+
+def _stretch(s: Array) -> Array:
+    begin = max(0, len(s) - FIT_SAMPLES) // 2
+    return s[begin : begin + FIT_SAMPLES]
+
+
+def spectral_peak(s: Array) -> float:
+    """The frequency of the strongest spectral line in cycles per sample; 0 where it lies in the lowest bins."""
+    samples = len(s)
+    spectrum = np.abs(np.fft.rfft((s - s.mean()) * np.hanning(samples), 4 * samples)) ** 2
+    peak = int(spectrum.argmax())
+    return peak / (4 * samples) if peak > 8 else 0.0
+
+
+def _fit_one(unit: Tensor, kernel: str, frequency: float, noise: float | None, max_iter: int) -> Process:
+    """Length-scale, frequency, variance and noise by exact gradients, from a coarse grid of length-scales."""
+    samples = unit.shape[1]
+    lag = torch.arange(samples, dtype=torch.float64)
+    moves = frequency > 0
+    first_noise = 0.05 if noise is None else noise
+
+    def column(p: Tensor) -> Tensor:
+        f = frequency * torch.exp(p[2] / samples) if moves else 0.0
+        shape = p[1].exp() * correlation(kernel, lag, p[0].exp(), f)
+        level = p[3].exp() if noise is None else torch.tensor(max(noise, NOISE_FLOOR), dtype=torch.float64)
+        return shape + (level + 1e-9) * (lag == 0)
+
+    def loss(values: Array) -> tuple[float, Array]:
+        p = torch.from_numpy(np.asarray(values, dtype=np.float64)).requires_grad_()
+        try:
+            with torch.enable_grad():
+                nll = negative_log_likelihood(unit, column(p)[None])[0]
+        except UsageError:
+            return 1e12, np.zeros_like(values)
+        (gradient,) = torch.autograd.grad(nll, p)
+        return float(nll.detach()), gradient.numpy()
+
+    def start(scale: float) -> Array:
+        return np.array([np.log(scale), np.log(max(1 - first_noise, 0.1)), 0.0, np.log(max(first_noise, 1e-4))])
+
+    scales = [0.2, 0.5, 1.0] if kernel == "periodic" else [s for s in (1.0, 3.0, 10.0, 30.0, 100.0) if s < samples]
+    begin = min((start(scale) for scale in scales), key=lambda p: loss(p)[0])
+    bounds = [(np.log(0.05), np.log(10.0 * samples)), (-12, 6), (-2, 2), (np.log(NOISE_FLOOR), 1.0)]
+    found = minimize(loss, begin, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": max_iter})
+    scale, variance, shift, level = found.x
+    return Process(
+        kernel,
+        float(np.exp(scale)),
+        float(frequency * np.exp(shift / samples)) if moves else 0.0,
+        float(np.exp(variance)),
+        float(np.exp(level)) if noise is None else noise,
+        float(found.fun),
+    )
+
+
+MATERN_ORDERS = {"matern12": 0, "matern32": 1, "matern52": 2}
+
+
+def matern_state_space(kernel: str, length_scale: float, variance: float = 1.0) -> tuple[Array, Array]:
+    """Transition over one sample and stationary covariance of the state (s, s', ...): (p + 1, p + 1) each.
+
+    Hartikainen and Sarkka, "Kalman filtering and smoothing solutions to temporal Gaussian process regression models"
+    (2010): Matern processes of half-integer smoothness are Markov in s and its first p derivatives.
+    """
+    if kernel not in MATERN_ORDERS:
+        raise UsageError(f"kernel is {', '.join(MATERN_ORDERS)} for a state space, got {kernel!r}")
+    order = MATERN_ORDERS[kernel]
+    rate = np.sqrt(2 * order + 1) / length_scale
+    companion = {
+        0: [[-rate]],
+        1: [[0, 1], [-(rate**2), -2 * rate]],
+        2: [[0, 1, 0], [0, 0, 1], [-(rate**3), -3 * rate**2, -3 * rate]],
+    }[order]
+    shape = {
+        0: [[1.0]],
+        1: [[1, 0], [0, rate**2]],
+        2: [[1, 0, -(rate**2) / 3], [0, rate**2 / 3, 0], [-(rate**2) / 3, 0, rate**4]],
+    }[order]
+    return expm(np.array(companion, dtype=np.float64)), variance * np.array(shape, dtype=np.float64)
+
+
+def matern_negative_log_likelihood(
+    s: Array, kernel: str, length_scale: float, variance: float = 1.0, noise: float = 0.0
+) -> float:
+    """-log N(s; 0, K + noise I) of s (T,) for a Matern kernel, by a Kalman filter: exact, O(T), in constant memory."""
+    transition, stationary = matern_state_space(kernel, length_scale, variance)
+    run = compiled("matern_filter") or matern_filter
+    innovations, variances = run(np.ascontiguousarray(s, dtype=np.float64), transition, stationary, float(noise))
+    return 0.5 * float(np.sum(np.log(2 * np.pi * variances) + innovations**2 / variances))

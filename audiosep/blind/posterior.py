@@ -1,0 +1,250 @@
+"""What the recording says about its sources once the mixing is known: exact smoothing, and bands that mean something.
+
+X = mean + S A^T + E, the columns of S Gaussian processes, E white noise of variance v in every channel. The
+least-squares unmixing Y = X pinv(A)^T keeps all that X holds about S: Y = S + E', E' of covariance N = v (A^T A)^-1
+at each sample, correlated between the sources. Hence mean = K (K + N)^-1 Y over all sources at once, by conjugate
+gradients.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.optimize import minimize
+from scipy.signal.windows import tukey
+from torch import Tensor
+
+from audiosep.blind import gp, toeplitz
+
+Array = NDArray[np.float64]
+
+TAPER = 0.05  # share of the recording that is faded in and out before its spectrum is taken
+NOISE_THAT_COUNTS = 1e-3  # of a source's power: with less the mixing is left as the method found it
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """mean, std (T, n); mixing (m, n) as refined; processes of the sources; noise variance per channel."""
+
+    mean: Array
+    std: Array
+    mixing: Array
+    processes: tuple[gp.Process, ...]
+    noise: float
+
+
+def gaussian_posterior(X: Array, mixing: Array, *, refine: bool = True, kernels: tuple[str, ...] = ()) -> Posterior:
+    """Fit processes and noise to the centred recording X (T, m) mixed by A (m, n), and smooth.
+
+    refine: under noise, also take the mixing that makes the recording likeliest (separation that ignores noise is
+    biased by it). Without noise, mean is the unmixed X.
+    """
+    noise, processes = noise_and_processes(X, mixing, kernels)
+    if refine and _counts(noise, mixing, processes):
+        mixing = refined_mixing(X, mixing, processes, noise)
+        noise, processes = noise_and_processes(X, mixing, kernels)
+    mean, std = smooth(X, mixing, processes, noise)
+    if _counts(noise, mixing, processes):
+        leaked = np.einsum("tk,jkl,tl->tj", mean, leakage(X, mixing, processes, noise), mean)
+        std = np.sqrt(std**2 + leaked)
+    return Posterior(mean, std, mixing, processes, noise)
+
+
+def smooth(X: Array, mixing: Array, processes: tuple[gp.Process, ...], noise: float) -> tuple[Array, Array]:
+    """Mean and standard deviation (T, n) of the sources of a centred recording (T, m), all else being known."""
+    return joint_smooth(X @ np.linalg.pinv(mixing).T, _unmixed_noise(mixing, noise), processes)
+
+
+def _unmixed_noise(mixing: Array, noise: float) -> Array:
+    """Covariance (n, n) of the noise in the unmixed sources."""
+    return np.asarray(noise * np.linalg.inv(mixing.T @ mixing), dtype=np.float64)
+
+
+def _counts(noise: float, mixing: Array, processes: tuple[gp.Process, ...]) -> bool:
+    shares = np.diag(_unmixed_noise(mixing, noise)) / [p.variance for p in processes]
+    return bool(shares.max() > NOISE_THAT_COUNTS)
+
+
+def noise_and_processes(X: Array, mixing: Array, kernels: tuple[str, ...] = ()) -> tuple[float, tuple[gp.Process, ...]]:
+    """The noise variance per channel, and a process per source given it."""
+    names = kernels or gp.DEFAULT_KERNELS
+    Y = X @ np.linalg.pinv(mixing).T
+    gains = np.diag(_unmixed_noise(mixing, 1.0))
+    free = [gp.fit(y, names) for y in Y.T]
+    samples, channels = X.shape
+    spare = channels - mixing.shape[1]
+    if spare > 0:
+        noise = float(np.sum((X - Y @ mixing.T) ** 2)) / (samples * spare)
+    else:
+        # A source that is white itself can't be told from noise: the smoothest source bounds the noise of all.
+        noise = min(p.noise / gain for p, gain in zip(free, gains))
+    return noise, tuple(
+        p if p.noise <= 1.05 * noise * gain else gp.fit(y, names, noise=noise * gain)
+        for p, y, gain in zip(free, Y.T, gains)
+    )
+
+
+@dataclass(frozen=True)
+class _Spectra:
+    """The recording and its processes over frequencies f: what the likelihood of a mixing needs.
+
+    recording (F, m) of the slightly tapered recording; powers (F, n) that such a recording of the processes is expected
+    to have (not those of periodic processes, which leak otherwise: the estimating equations are unbiased);
+    weights (F,) 2 for frequencies that stand for their negatives too; noise per channel.
+    """
+
+    recording: Tensor
+    powers: Tensor
+    weights: Tensor
+    noise: float
+
+    @classmethod
+    def of(cls, X: Array, processes: tuple[gp.Process, ...], noise: float) -> _Spectra:
+        samples = len(X)
+        taper = tukey(samples, TAPER)
+        taper /= np.sqrt(np.mean(taper**2))
+        recording = np.fft.rfft(X * taper[:, None], axis=0) / np.sqrt(samples)
+        overlap = toeplitz.correlate(taper, taper) / samples
+        powers = np.stack([_expected_power(p.column(samples) * overlap) for p in processes], axis=1)
+        weights = np.full(len(recording), 2.0)
+        weights[0] = 1.0
+        floor = max(noise, gp.NOISE_FLOOR * float(np.mean(X**2)))
+        return cls(torch.from_numpy(recording), torch.from_numpy(powers), torch.from_numpy(weights), floor)
+
+    def covariance(self, A: Tensor) -> Tensor:
+        """(F, m, m) of the recording, for a mixing A (m, n)."""
+        eye = torch.eye(len(A), dtype=A.dtype)
+        return torch.einsum("mj,fj,kj->fmk", A, self.powers, A) + self.noise * eye
+
+    def negative_log_likelihood(self, A: Tensor) -> Tensor:
+        factor = torch.linalg.cholesky(self.covariance(A))
+        real = torch.view_as_real(self.recording)  # (F, m, 2): the covariance is real
+        white = torch.linalg.solve_triangular(factor, real, upper=False)
+        logdet = 2 * torch.diagonal(factor, dim1=-2, dim2=-1).log().sum(-1)
+        return 0.5 * (self.weights * (logdet + white.square().sum((-2, -1)))).sum()
+
+
+def refined_mixing(X: Array, mixing: Array, processes: tuple[gp.Process, ...], noise: float) -> Array:
+    """The mixing (m, n) of maximal likelihood for known processes and noise, from a first guess."""
+    spectra = _Spectra.of(X, processes, noise)
+
+    def loss(values: Array) -> tuple[float, Array]:
+        A = torch.from_numpy(values.reshape(mixing.shape)).requires_grad_()
+        with torch.enable_grad():
+            nll = spectra.negative_log_likelihood(A)
+        (gradient,) = torch.autograd.grad(nll, A)
+        return float(nll.detach()), gradient.numpy().ravel()
+
+    found = minimize(loss, mixing.ravel(), jac=True, method="L-BFGS-B", options={"maxiter": 100})
+    return found.x.reshape(mixing.shape)
+
+
+def leakage(X: Array, mixing: Array, processes: tuple[gp.Process, ...], noise: float) -> Array:
+    """How uncertain the mixing leaves each source: covariances (n, n, n) of what others leak into it.
+
+    A mixing off by D leaves R = -pinv(A) D of source k in source j at [j, k]; the first axis is j. D has the inverse of
+    the likelihood's curvature as covariance. A source's own scale, [j, j], is no leak.
+    """
+    spectra = _Spectra.of(X, processes, noise)
+    channels, sources = mixing.shape
+
+    def loss(values: Tensor) -> Tensor:
+        return spectra.negative_log_likelihood(values.reshape(channels, sources))
+
+    start = torch.from_numpy(mixing.ravel())
+    with torch.enable_grad():
+        curvature = torch.autograd.functional.hessian(loss, start, vectorize=True).numpy()
+    covariance = _positive_inverse(curvature).reshape(channels, sources, channels, sources)
+    unmixing = np.linalg.pinv(mixing)
+    leaks = np.einsum("ja,akbl,jb->jkl", unmixing, covariance, unmixing)
+    for j in range(sources):
+        leaks[j, j, :] = leaks[j, :, j] = 0.0
+    return leaks
+
+
+def _positive_inverse(curvature: Array) -> Array:
+    """Inverse over the directions in which the likelihood has a maximum."""
+    values, axes = np.linalg.eigh(curvature)
+    kept = values > 1e-9 * values[-1]
+    return (axes[:, kept] / values[kept]) @ axes[:, kept].T
+
+
+def _expected_power(column: Array) -> Array:
+    """Expected periodogram (T // 2 + 1,) of a process with these (tapered) autocovariances (T,)."""
+    both = np.r_[column[0], column[1:] + column[:0:-1]]
+    return np.maximum(np.fft.rfft(both).real, 1e-12 * column[0])
+
+
+def joint_smooth(Y: Array, noise: Array, processes: tuple[gp.Process, ...]) -> tuple[Array, Array]:
+    """Posterior mean and standard deviation (T, n) of processes S given Y = S + white noise of covariance (n, n).
+
+    The mean is exact. The deviation is that of each source by itself, exact at the edges too, narrowed by what the
+    noise shared with the other sources tells inside.
+    """
+    samples = len(Y)
+    floor = np.diag([gp.NOISE_FLOOR * p.variance for p in processes])
+    columns = np.stack([p.column(samples) for p in processes])
+    if noise.max() > 0:
+        noise = noise + floor
+        mean = Y - (noise @ _solve(columns, noise, Y.T)).T  # K C^-1 Y = Y - N C^-1 Y
+    else:
+        noise, mean = floor, Y
+    alone = np.stack(
+        [gp.smooth(y, replace(p, noise=v))[1] for y, p, v in zip(Y.T, processes, np.diag(noise))],
+        axis=1,
+    )
+    spectra = np.maximum(_chan(columns), 0.0)  # (n, F)
+    return mean, alone * _narrowing(spectra, noise, samples)
+
+
+def _narrowing(spectra: Array, noise: Array, samples: int) -> Array:
+    """Standard deviation from all sources over that from one alone, for periodic processes: (n,)."""
+    weights = np.full(spectra.shape[1], 2.0)
+    weights[0] = 1.0
+    if samples % 2 == 0:
+        weights[-1] = 1.0
+    blocks = np.einsum("jf,jk->fjk", spectra, np.eye(len(noise)))
+    joint = blocks - blocks @ np.linalg.solve(blocks + noise, blocks)
+    own = np.diag(noise)[:, None]
+    alone = spectra * own / (spectra + own)
+    variances = np.einsum("f,fjj->j", weights, joint), alone @ weights
+    return np.sqrt(np.minimum(variances[0] / np.maximum(variances[1], 1e-300), 1.0))
+
+
+def _chan(columns: Array) -> Array:
+    """Eigenvalues of the circulants nearest to the Toeplitz matrices: (n, T) -> (n, F)."""
+    samples = columns.shape[1]
+    k = np.arange(samples)
+    return np.fft.rfft(((samples - k) * columns + k * np.roll(columns[:, ::-1], 1, axis=1)) / samples).real
+
+
+def _solve(columns: Array, noise: Array, Y: Array, tolerance: float = 1e-10, max_steps: int = 500) -> Array:
+    """(blockdiag(Toeplitz(columns)) + noise x I)^-1 Y, for Y (n, T), by preconditioned conjugate gradients."""
+    samples = Y.shape[1]
+    blocks = np.linalg.inv(
+        np.einsum("jf,jk->fjk", np.maximum(_chan(columns), 0.0), np.eye(len(columns))) + noise
+    )  # (F, n, n)
+
+    def condition(v: Array) -> Array:
+        return np.fft.irfft(np.einsum("fjk,kf->jf", blocks, np.fft.rfft(v)), samples)
+
+    def multiply(v: Array) -> Array:
+        return np.stack([toeplitz.multiply(c, row) for c, row in zip(columns, v)]) + noise @ v
+
+    x, left = np.zeros_like(Y), Y.copy()
+    direction = condition(left)
+    power = float(np.vdot(left, direction))
+    for _ in range(max_steps):
+        image = multiply(direction)
+        step = power / float(np.vdot(direction, image))
+        x += step * direction
+        left -= step * image
+        if np.linalg.norm(left) <= tolerance * np.linalg.norm(Y):
+            break
+        conditioned = condition(left)
+        power, before = float(np.vdot(left, conditioned)), power
+        direction = conditioned + power / before * direction
+    return x

@@ -1,0 +1,370 @@
+"""The loop that the variational separators share: they differ in the prior of a source's trajectory.
+
+z (T, p) is the whitened recording. The encoder gives the mean of q(s | z) = N(mu_r, q_j), its variance q_j per source;
+the decoder maps a draw back. Minimised by Adam (AR-Flow VAE, arXiv:2603.14441, Algorithm 1):
+
+    J = mean (z - zhat)^2 + beta / (p T) (log q(S | z) - log p(S))
+
+beta / 2 is thus the variance of the observation noise. It falls from `warm` * beta over the first half: while much of z
+may be noise, the sources can still turn.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from sklearn.utils.validation import check_is_fitted
+from torch import Tensor, nn
+
+from audiosep.blind import posterior
+from audiosep.blind.base import Array, BlindSeparator, Whitening, choose, order_and_signs, warn_unconverged, whiten
+from audiosep.blind.classical import SOBI, FastICA
+from audiosep.errors import UsageError
+
+INITS = ("auto", "sobi", "fastica", "random")
+PILOT_STEPS = 100  # of the prior alone, to compare the starts
+PATIENCE = 0.05  # share of the iterations over which the loss is averaged to see whether it still falls
+
+
+class SourcePrior(Protocol):
+    """What a prior must offer besides being a torch module."""
+
+    def start_from(self, s: Tensor) -> None: ...
+    def log_prob(self, s: Tensor) -> Tensor: ...
+    def learned(self) -> dict[str, Tensor]: ...
+    def parameters(self) -> Any: ...
+
+
+class Map(nn.Module):
+    """x W^T, and for "mlp" a small network beside it that starts at 0: (T, a) -> (T, b)."""
+
+    def __init__(self, weight: Tensor, mixing: str, hidden: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight.clone())
+        self.bend: nn.Module | None = None
+        if mixing == "mlp":
+            b, a = weight.shape
+            last = nn.Linear(hidden, b)
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+            self.bend = nn.Sequential(nn.Linear(a, hidden), nn.Tanh(), nn.Linear(hidden, hidden), nn.Tanh(), last)
+
+    def forward(self, x: Tensor) -> Tensor:
+        straight = x @ self.weight.T
+        return straight if self.bend is None else straight + self.bend(x)
+
+
+class LearnedSeparator(BlindSeparator):
+    """What StrADiff and the variational separators share: starts, the device, the final posterior."""
+
+    mixing: str
+    init: str
+    posterior: str
+    max_iter: int
+    tol: float
+    device: str
+
+    # Told of each iteration: done, total, message. No parameter: clones do not report.
+    progress: Callable[[int, int | None, str], None] | None = None
+
+    sources_std_: Array
+    loss_curve_: Array
+    traces_: dict[str, Array]
+    processes_: tuple[Any, ...] | None
+    elbo_: float
+    noise_: float
+
+    def _check_options(self) -> None:
+        choose("mixing", self.mixing, ("linear", "mlp"))
+        choose("init", self.init, INITS)
+        choose("posterior", self.posterior, ("gp", "native"))
+        if self.max_iter < 1:
+            raise UsageError(f"max_iter is at least 1, got {self.max_iter!r}")
+
+    def _torch_device(self) -> torch.device:
+        wanted = str(self.device)
+        if wanted == "auto":
+            wanted = "cuda" if torch.cuda.is_available() else "cpu"
+        if wanted.partition(":")[0] not in ("cpu", "cuda"):
+            raise UsageError(f"device is auto, cpu, cuda or cuda:N, got {self.device!r}: double precision is needed")
+        if wanted.startswith("cuda") and not torch.cuda.is_available():
+            raise UsageError(f"device={self.device!r}, but torch finds no CUDA device")
+        return torch.device(wanted)
+
+    def _tell(self, done: int, loss: Tensor) -> None:
+        if self.progress is not None:
+            self.progress(done, self.max_iter, f"loss {float(loss.detach()):.4g}")
+
+    def _starts(self) -> tuple[str, ...]:
+        """What init="auto" compares. Priors that know spectra only have no use for FastICA's start."""
+        return ("sobi",)
+
+    def _rotations(self, Z: Array, rng: np.random.RandomState) -> dict[str, Array]:
+        """Starting rotations (n, n) of the whitened recording, by name."""
+        names = self._starts() if self.init == "auto" else (self.init,)
+        return {name: _rotation(name, Z, rng) for name in names}
+
+    def _set_sources(self, X: Array, sources: Array, std: Array, mixing: Array) -> None:
+        """Normalise, order and sign the native sources (T, n) with mixing (m, n); then the final posterior."""
+        scale = sources.std(0)
+        order, signs = order_and_signs(mixing * scale)
+        self._order, self._signs, self._scale = order, signs, scale[order]
+        self.mixing_ = (mixing * scale)[:, order] * signs
+        self.sources_ = self._normalised(sources)
+        self.sources_std_ = std[:, order] / self._scale
+        self.processes_, self.noise_ = None, float("nan")
+        if self.posterior == "gp":
+            self._smooth_fitted(X - self.mean_)
+
+    def _normalised(self, sources: Array) -> Array:
+        """Native sources (T, n) in the order, scale and sign of sources_."""
+        return sources[:, self._order] / self._scale * self._signs
+
+    def _smooth_fitted(self, X: Array) -> None:
+        """Replace sources_ and sources_std_ by the exact posterior of Gaussian processes fitted to the sources."""
+        if self.mixing == "linear":
+            found = posterior.gaussian_posterior(X, self.mixing_)
+            self.mixing_ = found.mixing
+        else:
+            # The bent mixing is undone already; its best linear stand-in says how noise comes through.
+            square = np.linalg.qr(self.mixing_)[1]
+            found = posterior.gaussian_posterior(self.sources_ @ square.T, square, refine=False)
+        self.processes_, self.noise_ = found.processes, found.noise
+        self.sources_, self.sources_std_ = found.mean, found.std
+
+    def _smoothed(self, X: Array, native: Array) -> tuple[Array, Array]:
+        """Mean and deviation (T, n) of the sources of another centred recording."""
+        assert self.processes_ is not None
+        if self.mixing == "linear":
+            return posterior.smooth(X, self.mixing_, self.processes_, self.noise_)
+        square = np.linalg.qr(self.mixing_)[1]
+        return posterior.smooth(native @ square.T, square, self.processes_, self.noise_)
+
+    def _check_convergence(self) -> None:
+        """Warn if the loss, averaged over the last iterations, still changes by more than tol of its range."""
+        window = max(1, int(PATIENCE * len(self.loss_curve_)))
+        if len(self.loss_curve_) < 4 * window:
+            return
+        last, before = self.loss_curve_[-window:].mean(), self.loss_curve_[-2 * window : -window].mean()
+        spread = max(float(np.ptp(self.loss_curve_)), 1e-12)
+        change = abs(last - before) / spread
+        if change > self.tol:
+            warn_unconverged(self, self.n_iter_, change, self.tol)
+
+
+class VariationalSeparator(LearnedSeparator):
+    """A separator that learns an encoder, a decoder and priors of the sources together. A subclass gives `_prior`."""
+
+    beta: float
+    warm: float
+    learning_rate: float
+    mlp_units: int
+    block: int | None
+
+    def _check_options(self) -> None:
+        super()._check_options()
+        if self.block is not None and self.block < 2:
+            raise UsageError(f"block is a number of samples or None, got {self.block!r}")
+
+    def _prior(self, sources: int) -> SourcePrior:
+        raise NotImplementedError
+
+    def _separate(self, X: Array, rng: np.random.RandomState) -> None:
+        self._check_options()
+        device = self._torch_device()
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(int(rng.randint(2**31)))
+            self._train(X, rng, device)
+
+    def _train(self, X: Array, rng: np.random.RandomState, device: torch.device) -> None:
+        sources = self.n_sources_
+        kept = X.shape[1] if self.mixing == "mlp" else sources
+        whitening = whiten_safely(X, kept)
+        Z = whitening(X)
+        z = torch.from_numpy(Z).to(device)
+        prior, rotation = self._best_start(z, Z, rng)
+        with double_precision():
+            encoder = Map(rotation.to(device), self.mixing, self.mlp_units).to(device)
+            decoder = Map(rotation.T.to(device), self.mixing, self.mlp_units).to(device)
+        log_q = nn.Parameter(torch.full((sources,), math.log(0.05), dtype=torch.float64, device=device))
+        parameters = [log_q, *prior.parameters(), *encoder.parameters(), *decoder.parameters()]
+        self._optimise(z, encoder, decoder, prior, log_q, parameters)
+        self._finish(X, z, whitening, encoder, decoder, prior, log_q)
+
+    def _best_start(self, z: Tensor, Z: Array, rng: np.random.RandomState) -> tuple[SourcePrior, Tensor]:
+        """The starting rotation under which a prior fitted to its sources is likeliest, with that prior.
+
+        All rotations of white data have the same volume, so that the likelihoods compare.
+        """
+        best: tuple[float, str, SourcePrior, Tensor] | None = None
+        seed = int(torch.randint(2**31, ()))
+        starts = self._rotations(Z[:, : self.n_sources_], rng)
+        for name, rotation in starts.items():
+            torch.manual_seed(seed)
+            weight = torch.zeros(self.n_sources_, Z.shape[1], dtype=torch.float64)
+            weight[:, : self.n_sources_] = torch.from_numpy(rotation)
+            with double_precision():
+                prior = self._prior(self.n_sources_)
+            if isinstance(prior, nn.Module):
+                prior.to(z.device)
+            s = (self._block(z) @ weight.to(z).T).T
+            prior.start_from(s)
+            likelihood = _fit_prior(prior, s)
+            if best is None or likelihood > best[0]:
+                best = likelihood, name, prior, weight
+        assert best is not None
+        self.init_ = best[1]
+        return best[2], best[3]
+
+    def _optimise(
+        self, z: Tensor, encoder: Map, decoder: Map, prior: SourcePrior, log_q: Tensor, parameters: list[Any]
+    ) -> None:
+        rate = self.learning_rate * (0.3 if self.mixing == "mlp" else 1.0)
+        optimiser = torch.optim.Adam(parameters, lr=rate)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=rate, total_steps=self.max_iter + 1)
+        curve, traces = [], []
+        for step in range(self.max_iter):
+            loss = self._loss(z, encoder, decoder, prior, log_q, self._beta_at(step))
+            optimiser.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 10.0)
+            optimiser.step()
+            schedule.step()
+            curve.append(loss.detach())
+            self._tell(step + 1, loss)
+            traces.append({k: v.detach().clone() for k, v in {**prior.learned(), "q_": log_q.exp()}.items()})
+        self.loss_curve_ = torch.stack(curve).cpu().numpy()
+        self.traces_ = {k: torch.stack([t[k] for t in traces]).cpu().numpy() for k in traces[0]}
+        self.n_iter_ = self.max_iter
+        self._check_convergence()
+
+    def _beta_at(self, step: int) -> float:
+        progress = min(1.0, 2 * step / self.max_iter)
+        return self.beta * self.warm ** (1 - progress)
+
+    def _loss(self, z: Tensor, encoder: Map, decoder: Map, prior: SourcePrior, log_q: Tensor, beta: float) -> Tensor:
+        """J of a stretch of z, over a draw and its mirror image about the mean: the noise of odd order cancels."""
+        block = self._block(z)
+        mean = encoder(block)
+        noise = torch.randn_like(mean) * (0.5 * log_q).exp()
+        entropy = 0.5 * len(block) * (log_q + math.log(2 * math.pi * math.e)).sum()
+        losses = []
+        for s in (mean + noise, mean - noise):
+            misfit = (block - decoder(s)).square().mean()
+            losses.append(misfit - beta / block.numel() * (entropy + prior.log_prob(s.T).sum()))
+        return (losses[0] + losses[1]) / 2
+
+    def _block(self, z: Tensor) -> Tensor:
+        """A stretch of at most `block` samples, anywhere: priors that forget are learned from parts of a recording."""
+        if self.block is None or len(z) <= self.block:
+            return z
+        begin = int(torch.randint(len(z) - self.block + 1, ()))
+        return z[begin : begin + self.block]
+
+    @torch.no_grad()
+    def _finish(
+        self,
+        X: Array,
+        z: Tensor,
+        whitening: Whitening,
+        encoder: Map,
+        decoder: Map,
+        prior: SourcePrior,
+        log_q: Tensor,
+    ) -> None:
+        self.mean_ = whitening.mean
+        self._whitening = whitening
+        self._encoder, self._decoder = encoder.cpu(), decoder.cpu()
+        native = self._encoder(z.cpu()).numpy()
+        self.elbo_ = self._elbo(z.cpu(), prior, log_q.cpu())
+        if self.mixing == "linear":
+            mixing = whitening.inverse @ self._decoder.weight.numpy()
+        else:
+            mixing = np.linalg.lstsq(native - native.mean(0), X - self.mean_, rcond=None)[0].T
+        std = np.broadcast_to((0.5 * log_q).exp().cpu().numpy(), native.shape)
+        self._set_sources(X, native, std, mixing)
+        order = torch.from_numpy(self._order)
+        for name, value in prior.learned().items():
+            setattr(self, name, value.detach().cpu()[order].numpy())
+        self.traces_ = {name: trace[:, self._order] for name, trace in self.traces_.items()}
+        if self.mixing == "linear":
+            weight = self._encoder.weight.numpy()[self._order] / self._scale[:, None] * self._signs[:, None]
+            self.components_ = weight @ whitening.matrix
+
+    def _elbo(self, z: Tensor, prior: SourcePrior, log_q: Tensor, draws: int = 8) -> float:
+        """The evidence lower bound of the whitened recording, with observation noise of variance beta / 2, in nats."""
+        device = next(iter(prior.parameters())).device
+        total = 0.0
+        for _ in range(draws):
+            s = self._encoder(z) + torch.randn(len(z), len(log_q), dtype=z.dtype) * (0.5 * log_q).exp()
+            misfit = (z - self._decoder(s)).square().sum() / self.beta + 0.5 * z.numel() * math.log(math.pi * self.beta)
+            total += float(prior.log_prob(s.T.to(device)).sum() - misfit)
+        entropy = 0.5 * len(z) * float((log_q + math.log(2 * math.pi * math.e)).sum())
+        return total / draws + entropy
+
+    def transform(self, X: ArrayLike) -> Array:
+        """The sources (n_samples, n_sources) of a recording that was mixed alike.
+
+        With posterior="gp" a source at one time depends on the samples around it: X is one stretch of time.
+        """
+        check_is_fitted(self)
+        recording = self._checked(X, reset=False)
+        with torch.no_grad():
+            encoded = self._encoder(torch.from_numpy(self._whitening(recording))).numpy()
+        native = self._normalised(encoded)
+        return native if self.processes_ is None else self._smoothed(recording - self.mean_, native)[0]
+
+    def inverse_transform(self, sources: ArrayLike) -> Array:
+        """The recording (n_samples, n_channels) that these sources mix to."""
+        check_is_fitted(self)
+        if self.mixing == "linear":
+            return super().inverse_transform(sources)
+        back = np.argsort(self._order)
+        native = (np.asarray(sources, dtype=np.float64) * self._signs * self._scale)[:, back]
+        with torch.no_grad():
+            white = self._decoder(torch.from_numpy(native)).numpy()
+        return white @ self._whitening.inverse.T + self.mean_
+
+
+def _rotation(name: str, Z: Array, rng: np.random.RandomState) -> Array:
+    size = Z.shape[1]
+    if name == "random":
+        return np.linalg.qr(rng.standard_normal((size, size)))[0]
+    if size == 1:
+        return np.eye(1)
+    start = SOBI(size) if name == "sobi" else FastICA(size, tol=1e-5, random_state=rng)
+    return start.unmix(Z, rng)
+
+
+def whiten_safely(X: Array, kept: int) -> Whitening:
+    """Without the directions in which the recording is flat: they hold nothing to reconstruct."""
+    power = np.linalg.svd(X - X.mean(0), compute_uv=False) ** 2
+    return whiten(X, min(kept, int((power > 1e-12 * power[0]).sum())))
+
+
+def _fit_prior(prior: SourcePrior, s: Tensor) -> float:
+    """Fit the prior alone to fixed sources (n, T); its log-likelihood per sample."""
+    optimiser = torch.optim.Adam(prior.parameters(), lr=0.02)
+    value = torch.zeros(())
+    for _ in range(PILOT_STEPS):
+        value = -prior.log_prob(s).sum() / s.shape[1]
+        optimiser.zero_grad()
+        value.backward()
+        optimiser.step()
+    return -float(value.detach())
+
+
+class double_precision:
+    """New tensors in double precision inside the block."""
+
+    def __enter__(self) -> None:
+        self.before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_default_dtype(self.before)

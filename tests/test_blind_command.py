@@ -1,0 +1,132 @@
+"""`audiosep blind`: files in, sources and a page out, errors in one line."""
+
+import json
+
+import numpy as np
+import pytest
+import soundfile as sf
+
+pytest.importorskip("sklearn")
+
+from scipy.io import loadmat, savemat
+
+from audiosep.blind import command
+from audiosep.blind.matching import mean_correlation
+from audiosep.cli import main
+from audiosep.errors import AudioError, UsageError
+
+MIXING = np.array([[1.0, 0.4], [0.2, -0.9]])
+
+
+def waves(samples=3000):
+    t = np.arange(samples)
+    return np.stack([np.sin(0.05 * t), np.sin(0.31 * t + 1) ** 3], axis=1)
+
+
+def recording(path):
+    X = waves() @ MIXING.T
+    match path.suffix:
+        case ".csv":
+            np.savetxt(path, X, delimiter=",", header="left,right", comments="")
+        case ".tsv":
+            np.savetxt(path, X, delimiter="\t")
+        case ".npy":
+            np.save(path, X.astype(np.float32))
+        case ".mat":
+            savemat(path, {"X": X, "fs": 100.0})
+        case _:
+            sf.write(path, 0.3 * X, 8000, subtype="FLOAT")
+    return path
+
+
+def written(folder, suffix):
+    match suffix:
+        case ".csv" | ".tsv":
+            return np.loadtxt(folder / f"sources{suffix}", delimiter={".csv": ",", ".tsv": "\t"}[suffix], skiprows=1)
+        case ".npy":
+            return np.load(folder / "sources.npy")
+        case ".mat":
+            return loadmat(folder / "sources.mat")["sources"]
+        case _:
+            return np.stack([sf.read(folder / f"source_{j}{suffix}")[0] for j in (1, 2)], axis=1)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".npy", ".mat", ".wav"])
+def test_sources_are_files_of_the_same_kind(tmp_path, suffix, capsys):
+    path = recording(tmp_path / f"x{suffix}")
+    with pytest.raises(SystemExit) as left:
+        main(["blind", str(path), "-o", str(tmp_path / "out"), "--n-sources", "2", "--progress", "none"])
+    assert left.value.code == 0
+    assert mean_correlation(written(tmp_path / "out", suffix), waves()) > 0.999
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[-1].endswith("report.html")
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("<polyline") == 2
+    assert ("<audio" in page) == (suffix == ".wav")
+
+
+def test_audio_sources_have_the_level_at_which_they_are_heard(tmp_path):
+    path = recording(tmp_path / "x.wav")
+    command.run(path, tmp_path / "out", n_sources=2)
+    found = written(tmp_path / "out", ".wav")
+    truth = 0.3 * waves() * np.abs(MIXING).max(0)
+    np.testing.assert_allclose(np.sort(found.std(0)), np.sort(truth.std(0)), rtol=0.02)
+
+
+def test_learned_methods_tell_their_loss_and_show_bands(tmp_path):
+    messages = []
+    facts = command.run(
+        recording(tmp_path / "x.csv"),
+        tmp_path / "out",
+        method="skr-vae",
+        options={"max_iter": 12, "posterior": "native"},
+        progress=lambda done, total, message: messages.append((done, total, message)),
+    )
+    assert messages[-1][:2] == (12, 12)
+    assert messages[-1][2].startswith("loss ")
+    assert facts["sources"] == 2
+    assert (tmp_path / "out" / "sources_std.csv").exists()
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("<polygon") == 2
+    assert "loss" in page
+    assert "left" in page
+
+
+def test_json_and_options(tmp_path, capsys):
+    path = recording(tmp_path / "x.npy")
+    with pytest.raises(SystemExit):
+        main(["blind", str(path), "-o", str(tmp_path / "o"), "--set", "lags=[1,2,3]", "--json", "--progress", "none"])
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["method"] == "sobi"
+    assert command.parse(["mixing=mlp", "max-iter=5", "beta=0.1"]) == {"mixing": "mlp", "max_iter": 5, "beta": 0.1}
+
+
+def test_what_is_wrong_is_said_in_one_line(tmp_path, capsys):
+    (tmp_path / "text.csv").write_text("a,b\n1,x\n")
+    np.save(tmp_path / "flat.npy", np.zeros(5))
+    np.save(tmp_path / "short.npy", np.zeros((2, 3)))
+    np.savetxt(tmp_path / "nan.csv", [[1, 2], [np.nan, 3], [2, 4], [1, 1]], delimiter=",")
+    for name, code, message in (
+        ("missing.csv", 1, "no such file"),
+        ("text.csv", 1, "can't be read"),
+        ("flat.npy", 1, "rows are samples and columns channels"),
+        ("short.npy", 1, "too few"),
+        ("nan.csv", 1, "sample 1 of channel 0"),
+    ):
+        with pytest.raises(SystemExit) as left:
+            main(["blind", str(tmp_path / name), "-o", str(tmp_path / "out"), "--progress", "none"])
+        shown = capsys.readouterr().err
+        assert left.value.code == code
+        assert shown.startswith("error: ")
+        assert message in shown
+        assert shown.count("\n") == 1
+    with pytest.raises(UsageError, match="sobi has no option beta; it has lags, max_iter, tol"):
+        command.build("sobi", None, {"beta": 1}, 0)
+    with pytest.raises(AudioError, match="no such file"):
+        command.read(tmp_path / "missing.mat")
+
+
+def test_the_command_offers_every_method():
+    from audiosep.cli import Method
+
+    assert [m.value for m in Method] == list(command.METHODS)
