@@ -405,6 +405,8 @@ def _probe(path: Path, name: str) -> tuple[AudioInfo, Any]:
             _check_truncation(file, name)
             info = _info(file)
         decode: Any = _decode_soundfile
+    except TypeError:  # soundfile wants to be told what a .raw file holds
+        raise AudioError(f"{name}: raw samples without a header; convert it to wav first") from None
     except sf.SoundFileError as error:
         info, decode = _probe_media(path, name, str(error)), _decode_media
     if info.frames >= _UNKNOWN_FRAMES or decode is _decode_media:
@@ -436,7 +438,9 @@ def _check_truncation(file: sf.SoundFile, name: str) -> None:
 def _decode_soundfile(path: Path, name: str) -> Iterator[Wave]:
     try:
         with sf.SoundFile(_native(path)) as file:
-            while len(block := file.read(BLOCK, dtype="float32", always_2d=True)):
+            # 32-bit words don't fit into float32.
+            dtype = "float64" if file.subtype in ("PCM_32", "DOUBLE") else "float32"
+            while len(block := file.read(BLOCK, dtype=dtype, always_2d=True)):
                 yield block.T
     except sf.SoundFileError as error:
         detail = str(error).rpartition(": ")[2].rstrip(".")

@@ -13,6 +13,7 @@ import re
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -129,13 +130,19 @@ def plan(inputs: Sequence[str], stems: list[str], options: Options) -> tuple[lis
         except AudioError as error:
             failures.append(Result(given, "failed", error=str(error)))
             continue
+        own = (options.out / _safe(options.model)).resolve()
+        if Path(given).is_dir():  # without our own stems of an earlier run
+            found = [pair for pair in found if not pair[0].resolve().is_relative_to(own)]
+            if not found:
+                failures.append(Result(given, "failed", error=f"{audio.printable(Path(given))}: holds results only"))
+        tracks = Counter(_track(relative) for _, relative in found)
         for source, relative in found:
-            if Path(given).is_dir() and source.resolve().is_relative_to(options.out.resolve()):
-                continue  # our own stems of an earlier run
             if source.resolve() in seen:
                 continue  # given twice
             seen.add(source.resolve())
             track = _track(relative)
+            if tracks[track] > 1:  # song.wav beside song.flac
+                track = relative.as_posix()
             paths = {name: options.path(track, name, options.format) for name in names}
             jobs.append(Job(source, track, paths))
     _check_clashes(jobs)
@@ -202,7 +209,7 @@ def _one(separator: SeparatesFiles, job: Job, options: Options, progress: Callba
     start = time.monotonic()
     try:
         if options.to_stdout:
-            _to_stdout(separator, job, options, progress)
+            _to_stdout(separator, job, options, progress, result)
         elif options.existing == "skip" and all(p.exists() for p in job.stems.values()):
             result.status = "skipped"
             result.stems = {stem: os.fspath(path) for stem, path in job.stems.items()}
@@ -245,7 +252,7 @@ def _to_files(separator: SeparatesFiles, job: Job, options: Options, progress: C
         progress=progress,
     )
     result.stems = {stem: os.fspath(path) for stem, path in written.items()}
-    result.notes = [*facts.get("notes", []), *_clipping(facts.get("clipped_samples", {}))]
+    result.notes = _notes(facts)
     json_path = options.path(job.track, "report", "json")
     write_json(json_path, facts)
     result.report = os.fspath(json_path)
@@ -255,19 +262,20 @@ def _to_files(separator: SeparatesFiles, job: Job, options: Options, progress: C
         result.page = os.fspath(html_path)
 
 
-def _clipping(counts: dict[str, int]) -> list[str]:
-    """A note for each stem that did not fit its integer format."""
-    return [
+def _notes(facts: dict[str, Any]) -> list[str]:
+    """The report's notes, and one for each stem that did not fit its integer format."""
+    counts = facts.get("clipped_samples", {})
+    return facts.get("notes", []) + [
         f"{stem}: {count} samples beyond full scale were limited; --subtype float keeps them"
         for stem, count in counts.items()
         if count
     ]
 
 
-def _to_stdout(separator: SeparatesFiles, job: Job, options: Options, progress: Callback) -> None:
+def _to_stdout(separator: SeparatesFiles, job: Job, options: Options, progress: Callback, result: Result) -> None:
     first = next(iter(job.stems))
     with tempfile.TemporaryDirectory(prefix="audiosep-") as rest:
-        separator.separate_file(
+        facts = separator.separate_file(
             job.source,
             lambda stem: Path("-") if stem == first else Path(rest, f"{_safe(stem)}.wav"),
             options.sources,
@@ -276,6 +284,7 @@ def _to_stdout(separator: SeparatesFiles, job: Job, options: Options, progress: 
             residual=options.residual,
             progress=progress,
         )
+    result.notes = _notes(facts)
 
 
 def dry(jobs: Sequence[Job], options: Options) -> Generator[Result, None, None]:

@@ -40,7 +40,7 @@ _SETTINGS: dict[str, Any] = {
     "context_settings": {"help_option_names": ["-h", "--help"]},
 }
 app = typer.Typer(add_completion=True, **_SETTINGS)
-models_app = typer.Typer(help="List, show and import checkpoints.", **_SETTINGS)
+models_app = typer.Typer(help="List, show, import, fetch and publish checkpoints.", **_SETTINGS)
 app.add_typer(models_app, name="models")
 
 Preset = StrEnum("Preset", ["default", "published", "paper"])
@@ -140,7 +140,7 @@ def separate(
     device: Device = "auto",
     segment: Annotated[
         float | None,
-        typer.Option(min=0.1, help="Seconds separated at once.  [default: the priors']"),
+        typer.Option(min=0.1, help="Seconds separated at once.  [default: 4]"),
     ] = None,
     overlap: Annotated[float, typer.Option(min=0.0, max=0.5, help="Share of a segment that overlaps the next.")] = 0.25,
     steps: Steps = None,
@@ -360,9 +360,64 @@ def blind(
             shown.result(path)
 
 
+@app.command("train")
+def train_command(
+    recipe: Annotated[Path, typer.Argument(help="What to train and how: a TOML file, see recipes/.")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Change a value of the recipe; may be repeated."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("-o", "--out", help="The new checkpoint; log and state go to OUT.run.  [default: runs/RECIPE]"),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run of OUT, if there is one.")] = False,
+    stop_after: Annotated[
+        float | None, typer.Option(min=0.0, metavar="MINUTES", help="Stop then, to be resumed.")
+    ] = None,
+    device: Device = "auto",
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Errors only.")] = False,
+    verbose: Verbose = False,
+    as_json: AsJson = False,
+    progress: Annotated[Progress, typer.Option(help="Progress on stderr.")] = Progress.auto,
+) -> None:
+    """Train a prior from a recipe.
+
+    Prints the path of the checkpoint. Started by torchrun or `accelerate launch`, several processes train one prior.
+    """
+    from audiosep import distributed
+    from audiosep.progress import display
+
+    main_process = distributed.rank() == 0
+    shown = display(progress, quiet=quiet or not main_process)
+    with _errors(verbose, shown), _logging(shown, verbose=verbose, quiet=quiet):
+        from audiosep import fit
+        from audiosep.recipe import load
+
+        tables = load(recipe, settings or [])
+        folder = out or Path("runs") / recipe.stem
+        with shown:
+            result = fit.fit(
+                tables,
+                folder,
+                resume=resume,
+                device=device,
+                stop_minutes=stop_after,
+                progress=shown.file(folder.name),
+            )
+        if main_process and as_json:
+            shown.result(json.dumps({"checkpoint": os.fspath(folder), **result}))
+        elif main_process:
+            shown.result(os.fspath(folder))
+        if not result["finished"]:
+            shown.note(f"stopped at step {result['step']}; go on with --resume")
+            if stop_after is None:  # by a signal
+                raise typer.Exit(EXIT_INTERRUPTED)
+
+
 @models_app.command("list")
 def models_list(as_json: AsJson = False, verbose: Verbose = False) -> None:
-    """The checkpoints that are here: shipped ones, and downloaded ones."""
+    """The checkpoints that ship with audiosep."""
     with _errors(verbose):
         from audiosep import hub
 
@@ -422,9 +477,35 @@ def models_import(
         from audiosep import hub
 
         prior = hub.import_unasdiff(file)
-        card = {"title": f"UnaSDiff, imported from {file.name}", "licence": "none stated"}
+        card = hub.UNASDIFF_CARD | {"title": f"UnaSDiff source prior, imported from {file.name}"}
         hub.save_prior(prior, folder, card, torch.float32)  # outputs stay those published
         print(folder)
+
+
+@models_app.command("download")
+def models_download(
+    name: Annotated[str, typer.Argument(metavar="ORG/NAME[@REVISION]", help="A checkpoint on the Hub.")],
+    verbose: Verbose = False,
+) -> None:
+    """Fetch a checkpoint from the Hub; print its folder in the cache."""
+    with _errors(verbose):
+        from audiosep import hub
+
+        print(hub.download(name))
+
+
+@models_app.command("push")
+def models_push(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint's folder.")],
+    name: Annotated[str, typer.Argument(metavar="ORG/NAME", help="Where on the Hub; made if it isn't there.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a new one private.")] = False,
+    verbose: Verbose = False,
+) -> None:
+    """Put a checkpoint on the Hub; print the commit's address. HF_TOKEN is used."""
+    with _errors(verbose):
+        from audiosep import hub
+
+        print(hub.push(folder, name, private=private))
 
 
 @app.command()

@@ -7,11 +7,16 @@ path.
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import hashlib
+import json
 import os
 import re
+import time
 import warnings
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +28,11 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
+from audiosep import distributed
 from audiosep.errors import AudioError, UsageError
 
 __all__ = [
+    "Cache",
     "Item",
     "MixtureDataset",
     "SourceDataset",
@@ -145,6 +152,85 @@ def load_clip(path: Path, sample_rate: int, seconds: float | None = None, where:
     if not np.isfinite(wave).all():
         raise AudioError(f"{path}: holds NaN or infinite samples")
     return wave if rate == sample_rate else soxr.resample(wave, rate, sample_rate)
+
+
+class Cache:
+    """Recordings decoded once, in one file of 16-bit samples that all worker processes map into memory.
+
+    The file is made when it is not in `folder` yet; its name follows from the sample rate and from the recordings'
+    names, sizes and dates. Every recording is scaled to its own peak, so that quiet ones keep their resolution.
+    One that can't be decoded is named in a warning, and `failed` holds its position.
+    """
+
+    def __init__(self, items: Sequence[Item], sample_rate: int, folder: str | Path) -> None:
+        self.sample_rate = sample_rate
+        name = _cache_name(items, sample_rate)
+        self.path, index = Path(folder) / f"{name}.int16", Path(folder) / f"{name}.json"
+        if distributed.local_rank() == 0 and not index.exists():
+            _fill_cache(items, sample_rate, self.path, index)
+        while not index.exists():  # another process of this machine is at it
+            time.sleep(0.5)
+        facts = json.loads(index.read_text(encoding="utf-8"))
+        self.ends, self.scales = np.cumsum([0, *facts["frames"]]), facts["scales"]
+        self.failed = [i for i, frames in enumerate(facts["frames"]) if frames == 0]
+        self._samples: NDArray[np.int16] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_samples": None}  # each process maps the file itself
+
+    def clip(self, position: int, seconds: float | None = None, where: float = 0.0) -> Wave:
+        """What `load_clip` gives of the recording at this position in `items`."""
+        if self._samples is None:
+            self._samples = np.memmap(self.path, np.int16, "r")
+        start, end = self.ends[position : position + 2]
+        if seconds is not None:
+            frames = round(seconds * self.sample_rate)
+            start += int(where * max(0, end - start - frames))
+            end = min(end, start + frames)
+        return self._samples[start:end].astype(np.float32) * np.float32(self.scales[position])
+
+
+def _cache_name(items: Sequence[Item], sample_rate: int) -> str:
+    digest = hashlib.sha256(f"{sample_rate}".encode())
+    for item in items:
+        stat = item.path.stat() if item.path.exists() else None
+        digest.update(f"\n{item.id} {stat and (stat.st_size, int(stat.st_mtime))}".encode())
+    return digest.hexdigest()[:16]
+
+
+def _fill_cache(items: Sequence[Item], sample_rate: int, path: Path, index: Path) -> None:
+    """Write samples, then the index: that it is there says that both are complete."""
+
+    def decode(item: Item) -> Wave | str:
+        try:
+            return load_clip(item.path, sample_rate)
+        except AudioError as error:
+            return str(error)
+
+    frames, scales = [], []
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file, ThreadPoolExecutor() as pool:
+            for first in range(0, len(items), 256):  # so many are in memory at a time
+                for wave in pool.map(decode, items[first : first + 256]):
+                    if isinstance(wave, str):
+                        warnings.warn(f"left out of training: {wave}", stacklevel=2)
+                        wave = np.zeros(0, np.float32)
+                    scale = float(np.abs(wave).max(initial=1e-9)) / 32767
+                    file.write(np.rint(wave / scale).astype("<i2").tobytes())
+                    frames.append(wave.size)
+                    scales.append(scale)
+            if not any(frames):
+                raise AudioError(f"{items[0].path}: can't be decoded, nor can any other recording")
+        partial.replace(path)
+        partial.write_text(json.dumps({"frames": frames, "scales": scales}), encoding="utf-8")
+        partial.replace(index)
+    except OSError as error:
+        raise AudioError(f"{path}: can't be written: {error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
 
 
 def active_spans(wave: Wave, sample_rate: int) -> list[tuple[int, int]]:
@@ -270,7 +356,8 @@ class SourceDataset(Dataset[dict[str, Any]]):
     - sound: one active span, drawn by length, a random part of it when it is too long, somewhere
       in silence when it is too short.
     The RMS over the whole window is uniform in `level` (dBFS); before, `speed` (0.1: +-10 %, pitch
-    too) and `polarity` (a sign) vary the clip, after, `gain` adds +-gain dB of level.
+    too) and `polarity` (a sign) vary the clip, after, `gain` adds +-gain dB of level. With `cache`,
+    a folder, the recordings are decoded once, see `Cache`.
 
     An item is `wave` (T,) float32 and `label`, the index in `classes`, or len(classes), which is
     the null class, for one that is not there. A clip that fails to decode is named in one warning,
@@ -291,6 +378,7 @@ class SourceDataset(Dataset[dict[str, Any]]):
         gain: float = 0.0,
         polarity: bool = True,
         speed: float = 0.0,
+        cache: str | Path | None = None,
     ) -> None:
         self.items = sorted(items)
         if not self.items:
@@ -310,6 +398,9 @@ class SourceDataset(Dataset[dict[str, Any]]):
         self.shares = np.cumsum(np.array(filled) ** balance)
         # Shared memory: what one worker finds undecodable, no other tries again.
         self._bad = torch.zeros(len(self.items), dtype=torch.bool).share_memory_()
+        self.cache = Cache(self.items, sample_rate, cache) if cache else None
+        if self.cache:
+            self._bad[self.cache.failed] = True
 
     def __len__(self) -> int:
         return self.count
@@ -372,7 +463,10 @@ class SourceDataset(Dataset[dict[str, Any]]):
         # Of speech only what the window takes is decoded; of a sound all, to find its spans.
         seconds = length * rate / self.sample_rate if item.kind == "speech" else None
         try:
-            wave = load_clip(item.path, self.sample_rate, seconds, where)
+            if self.cache:
+                wave = self.cache.clip(position, seconds, where)
+            else:
+                wave = load_clip(item.path, self.sample_rate, seconds, where)
         except AudioError as error:
             self._bad[position] = True
             warnings.warn(f"left out of training: {error}", stacklevel=2)

@@ -7,19 +7,20 @@ model card). Loading one runs no code of its own: names are looked up in the dic
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import pickle
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from audiosep import __version__
@@ -32,10 +33,12 @@ __all__ = [
     "BACKBONES",
     "SCHEDULES",
     "UNASDIFF_CARD",
+    "download",
     "find",
     "import_unasdiff",
     "list_checkpoints",
     "load_prior",
+    "push",
     "read_config",
     "save_prior",
 ]
@@ -133,8 +136,10 @@ def load_prior(name: str | Path, device: str | torch.device = "cpu", dtype: torc
     if len(prior.classes) > rows:
         raise ModelError(f"{folder / CONFIG}: names {len(prior.classes)} classes, the backbone has {rows}")
     prior = prior.to(device) if dtype is None else prior.to(device, dtype)
-    # For reports: which weights these were. A snapshot's folder on the Hub is named by its commit.
+    # For reports: which weights these were. A snapshot's folder in the Hub's cache is named by its commit.
     prior.origin = {"path": str(folder), "sha256": config["sha256"]}
+    if folder.parent.name == "snapshots":
+        prior.origin["revision"] = folder.name
     return prior.eval().requires_grad_(False)
 
 
@@ -156,7 +161,7 @@ def save_prior(
     partial = folder.parent / f".{folder.name}.{os.getpid()}.partial"
     try:
         partial.mkdir(parents=True)
-        save_file(_stored(prior.backbone, dtype), partial / WEIGHTS)
+        (partial / WEIGHTS).write_bytes(save(_stored(prior.backbone, dtype)))
         config = _config(prior, card) | {"sha256": _sha256(partial / WEIGHTS)}
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
         (partial / CONFIG).write_text(text, encoding="utf-8")
@@ -170,8 +175,14 @@ def save_prior(
 
 
 def find(name: str | Path) -> Path:
-    """The folder of a checkpoint: an existing folder, a shipped name, or from the Hub."""
+    """The folder of a checkpoint: a shipped name, an existing folder, or from the Hub.
+
+    A bare name is the shipped checkpoint even where a folder is called so; ./name is always the folder.
+    """
     path = Path(name)
+    for shelf in _SHELVES:
+        if str(name) == path.name and (shelf / path / CONFIG).is_file():
+            return shelf / path
     if path.is_dir():
         return path
     if path.is_file():
@@ -179,14 +190,46 @@ def find(name: str | Path) -> Path:
             f"{name} is a file, a checkpoint is a folder; "
             "`audiosep models import` turns published UnaSDiff weights into one"
         )
-    for shelf in _SHELVES:
-        if (shelf / str(name) / CONFIG).is_file():
-            return shelf / str(name)
     match = _HUB_NAME.fullmatch(str(name))
     if match:
         return _from_hub(match[1], match[2])
     shipped = ", ".join(entry["name"] for entry in list_checkpoints()) or "none"
     raise ModelError(f"no checkpoint {str(name)!r}: give a folder, org/name, or one of those shipped ({shipped})")
+
+
+def download(name: str) -> Path:
+    """Fetch `org/name[@revision]` as it is on the Hub now; the folder in the cache. ModelError when it can't be had."""
+    match = _HUB_NAME.fullmatch(name)
+    if not match:
+        raise ModelError(f"{name!r} is not org/name or org/name@revision")
+    folder = _fetch(match[1], match[2])
+    _read_weights(folder, read_config(folder))
+    return folder
+
+
+def push(folder: str | Path, name: str, *, private: bool = False) -> str:
+    """Put a checkpoint on the Hub as `org/name`, made if it isn't there; the address of the commit.
+
+    Config, weights and card go up in one commit: others see all or nothing. What an interrupted push has already sent
+    is not sent again. ModelError when the folder is no sound checkpoint or the Hub refuses.
+    """
+    from huggingface_hub import HfApi
+
+    folder = Path(folder)
+    match = _HUB_NAME.fullmatch(name)
+    if not match or match[2]:
+        raise ModelError(f"{name!r} is not org/name")
+    _read_weights(folder, read_config(folder))
+    api = HfApi(library_name="audiosep", library_version=__version__)
+    with _hub_errors(name):
+        api.create_repo(name, private=private, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=name,
+            folder_path=folder,
+            allow_patterns=[CONFIG, WEIGHTS, CARD],
+            commit_message=f"audiosep {__version__}: {read_config(folder)['kind']} prior",
+        )
+    return commit.commit_url
 
 
 def list_checkpoints() -> list[dict[str, Any]]:
@@ -387,33 +430,52 @@ def _load_pickle(path: Path) -> Any:
 
 def _from_hub(repo: str, revision: str | None) -> Path:
     """The snapshot in the Hub's cache; only what is not there yet is fetched."""
-    from huggingface_hub import errors, snapshot_download
-
-    name = f"{repo}@{revision}" if revision else repo
-    wanted = [CONFIG, WEIGHTS, CARD]
-
-    def snapshot(local: bool) -> Path:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted, local_files_only=local))
-
     try:
-        cached = snapshot(local=True)
+        cached = _snapshot(repo, revision, local=True)
         if (cached / CONFIG).is_file() and (cached / WEIGHTS).is_file():
             return cached
     except (OSError, ValueError):
         pass
+    return _fetch(repo, revision)
+
+
+def _fetch(repo: str, revision: str | None) -> Path:
+    with _hub_errors(f"{repo}@{revision}" if revision else repo, "no such folder, not in the cache, and "):
+        return _snapshot(repo, revision, local=False)
+
+
+def _snapshot(repo: str, revision: str | None, local: bool) -> Path:
+    from huggingface_hub import snapshot_download
+
+    wanted = [CONFIG, WEIGHTS, CARD]
+    return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted, local_files_only=local))
+
+
+@contextlib.contextmanager
+def _hub_errors(name: str, before: str = "") -> Iterator[None]:
+    """The client's errors as a ModelError in one line."""
+    from huggingface_hub import errors
+
     try:
-        return snapshot(local=False)
+        yield
     except errors.GatedRepoError as error:
-        reason = "access has to be asked for on its page; then set HF_TOKEN"
-        raise ModelError(f"{name}: {reason}") from error
+        raise ModelError(f"{name}: access has to be asked for on its page; then set HF_TOKEN") from error
     except errors.RevisionNotFoundError as error:
-        raise ModelError(f"{name}: the Hub has {repo}, but not this revision") from error
+        raise ModelError(f"{name}: the Hub has the repository, but not this revision") from error
     except errors.RepositoryNotFoundError as error:
         reason = "no such folder, and no such repository on the Hub (or a private one: HF_TOKEN)"
         raise ModelError(f"{name}: {reason}") from error
+    except ModelError:
+        raise
     except Exception as error:  # the client's network errors have no common base
-        reason = "no such folder, not in the cache, and the Hub can't be reached"
-        raise ModelError(f"{name}: {reason} ({type(error).__name__})") from error
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status in (401, 403):
+            reason = "the Hub refuses; set HF_TOKEN to a token that may do this"
+        elif status:
+            reason = f"{before}the Hub answers {status}: {' '.join(str(error).split())}"
+        else:
+            reason = f"{before}the Hub can't be reached ({type(error).__name__})"
+        raise ModelError(f"{name}: {reason}") from error
 
 
 # Writing

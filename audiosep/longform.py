@@ -82,10 +82,10 @@ class Aligner:
         self.weights: Tensor | None = None
         self.tail: Tensor | None = None
 
-    def align(self, stems: Tensor) -> Tensor:
-        """Reorder the stems (K, C, n) of the next segment."""
+    def align(self, stems: Tensor) -> list[int]:
+        """Order that puts the sources of the next segment, stems (K, C, n), on their stems."""
         if not self.groups:
-            return stems
+            return list(range(len(stems)))
         embedding, power = embed(stems), stems.square().mean((1, 2))
         order = list(range(len(stems)))
         for group in self.groups:
@@ -97,7 +97,7 @@ class Aligner:
         stems, embedding, power = stems[order], embedding[order], power[order]
         self._remember(embedding, power)
         self.tail = stems[..., stems.shape[-1] - self.overlap :]
-        return stems
+        return order
 
     def _similarity(self, stems: Tensor, embedding: Tensor, group: list[int]) -> Tensor:
         """Similarity (k, k) of the group's stems so far to the segment's sources, each part in -1..1."""

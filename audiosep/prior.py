@@ -135,42 +135,66 @@ class Prior(nn.Module):
         c_out = 1 / c_in if masks else s * self.sigma_data * c_in
         return self.sigma_data**2 / total, c_in, c_out
 
-    def loss(self, batch: dict[str, Tensor], generator: torch.Generator | None = None) -> Tensor:
+    def loss(self, batch: dict[str, Any], generator: torch.Generator | None = None) -> Tensor:
         """Denoising loss per item at random levels; 1 is what the best linear denoiser of flat noise reaches.
 
         Args:
-            batch: "wave" (B, N) at the prior's level and, if the prior has classes, "label" (B,).
-            generator: source of the noise, the levels and the label dropout.
+            batch: "wave" (B, N) at the prior's level and, if the prior has classes, "label" (B,). With "index" and
+                "seed", lists of B numbers, every item's level, noise and dropout follow from its own two: they are
+                the same in any batch, on any process.
+            generator: source of the noise, the levels and the label dropout of a batch without those lists.
 
         Returns:
             (B,), mean over samples of |E[x_0 | x_t] - x_0|^2 (s^2 + d^2) / (s d)^2 for "edm", of |eps_hat - eps|^2
             for "eps".
         """
         wave = batch["wave"]
+        if "seed" in batch:
+            drop = torch.tensor([seed % 2**20 / 2**20 < self.label_dropout for seed in batch["seed"]])
+            drop = drop.to(wave.device, non_blocking=True)
+            return self.loss_at(batch, self.steps_of(batch["index"]), drop, noise=_noise(batch["seed"], wave))
         draw = torch.rand(2, len(wave), generator=generator, device=wave.device)
         t = draw[0] * (len(self.schedule) - 1)
         if self.parameterization == "eps":
             t = t.round()
         return self.loss_at(batch, t, draw[1] < self.label_dropout, generator)
 
+    def steps_of(self, index: Sequence[int]) -> Tensor:
+        """The steps (B,), on the CPU, at which `loss` takes the items of these numbers.
+
+        Multiples of the golden ratio: uniform, and more evenly spread over each batch than chance would.
+        """
+        t = torch.tensor(index, dtype=torch.float64) * ((5**0.5 - 1) / 2) % 1 * (len(self.schedule) - 1)
+        return t.round() if self.parameterization == "eps" else t
+
     def loss_at(
         self,
-        batch: dict[str, Tensor],
+        batch: dict[str, Any],
         t: Tensor,
         drop: Tensor | None = None,
         generator: torch.Generator | None = None,
+        noise: Tensor | None = None,
     ) -> Tensor:
         """The loss at given steps t (B,); `drop` (B,) marks the items whose label becomes the null class."""
         wave, label = batch["wave"], batch.get("label")
         if label is not None and drop is not None:
             label = torch.where(drop, self.null, label)
-        s = self.schedule.ratio_at(t).to(wave)
-        noise = torch.randn(wave.shape, generator=generator, device=wave.device, dtype=wave.dtype)
-        estimate = self._denoise(wave + s[:, None] * noise, s, t.to(wave), label)
+        s = placed(self.schedule.ratio_at(t), wave)
+        if noise is None:
+            noise = torch.randn(wave.shape, generator=generator, device=wave.device, dtype=wave.dtype)
+        estimate = self._denoise(wave + s[:, None] * noise, s, placed(t, wave), label)
         error = (estimate - wave).square().mean(-1)
         if self.parameterization == "eps":
             return error / s**2
         return error * (s**2 + self.sigma_data**2) / (s * self.sigma_data) ** 2
+
+
+def _noise(seeds: Sequence[int], like: Tensor) -> Tensor:
+    """White noise like (B, N), each row from its own seed."""
+    noise, generator = torch.empty_like(like), torch.Generator(like.device)
+    for row, seed in zip(noise, seeds):
+        row.normal_(generator=generator.manual_seed(seed))
+    return noise
 
 
 class JointPrior:

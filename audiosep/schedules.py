@@ -72,5 +72,6 @@ def vp_linear(steps: int = 200, beta_start: float = 1e-4, beta_end: float = 2e-2
 def ve(steps: int = 200, sigma_min: float = 1e-3, sigma_max: float = 1.5) -> Schedule:
     """Variance exploding, levels evenly spaced on a logarithmic scale."""
     ratio = torch.logspace(np.log10(sigma_min), np.log10(sigma_max), steps, dtype=torch.float64)
+    ratio[-1] = sigma_max  # a single step is the noisiest, not the cleanest
     config = {"name": "ve", "steps": steps, "sigma_min": sigma_min, "sigma_max": sigma_max}
     return Schedule(ratio, preserving=False, config=config)

@@ -56,7 +56,7 @@ class Separation:
         sample_rate: the input's, in Hz.
         residual: the input minus the sum of the sources, (C, T).
         report: what was run and how it went, plain data.
-        best: the likeliest sample, where a number of samples above one was asked for.
+        best: the likeliest sample, segment by segment, where a number of samples above one was asked for.
         spread: with several samples, their standard deviation per sample.
     """
 
@@ -94,7 +94,7 @@ class Separator:
         priors: name -> prior; all of one sample rate.
         preset: "default", "published" or "paper", see `audiosep.samplers`.
         sampler: "hybrid", "dsg", "dps", "analytical", "mmps"; None is the preset's own.
-        steps: network evaluations per source; None is the preset's own number.
+        steps: of the sampler, per sample; None is the preset's own number.
         segment: seconds separated at a time; None is 4.
         overlap: fraction of a segment shared with the next, 0..0.5.
         samples: posterior samples; above one the stems are their mean; None is the preset's own number.
@@ -157,8 +157,11 @@ class Separator:
     ) -> Separator:
         """Load priors by name, folder or Hub id (a list, or one string with commas) and build a separator."""
         device = choose_device(device)
-        names = names.split(",") if isinstance(names, str) else list(names)
+        names = names.split(",") if isinstance(names, str) else names
+        names = [str(name).strip() for name in names]
         keys = [Path(name).name.split("@")[0] if "/" in name else name for name in names]
+        if len(set(keys)) < len(keys):
+            raise UsageError(f"two of the models {', '.join(names)} have one name; rename a folder")
         priors = {key: hub.load_prior(name) for key, name in zip(keys, names)}
         return cls(priors, device=device, **options)
 
@@ -177,7 +180,7 @@ class Separator:
         if isinstance(sources, str):
             sources = sources.split(",")
         if sources is None:
-            sources = list(self.priors)
+            return [Source(key.lower(), key, None) for key in self.priors]
         if not sources:
             raise UsageError("no source named; leave `sources` out for one per prior")
         found = [self._find(name.strip()) for name in sources]
@@ -192,19 +195,21 @@ class Separator:
 
     def _find(self, name: str) -> Source:
         wanted, _, narrowed = name.casefold().rpartition(":")[::-1]
+        priors = {key: prior for key, prior in self.priors.items() if narrowed in ("", key.casefold())}
+        for key in priors:
+            if key.casefold() == wanted:  # a prior's own name comes before what several may share
+                return Source(wanted, key, None)
         hits = []
-        for key, prior in self.priors.items():
-            if narrowed and narrowed != key.casefold():
-                continue
-            if wanted in (key.casefold(), prior.kind.casefold()):
-                hits.append(Source(key.lower(), key, None))
-            hits += [
-                Source(label.lower(), key, i) for i, label in enumerate(prior.classes) if label.casefold() == wanted
-            ]
+        for key, prior in priors.items():
+            labels = [i for i, label in enumerate(prior.classes) if label.casefold() == wanted]
+            if prior.kind.casefold() == wanted:
+                hits.append(Source(wanted, key, None))
+            elif labels:
+                hits.append(Source(wanted, key, labels[0]))
         if len(hits) == 1:
             return hits[0]
         if hits:
-            choices = ", ".join(f"{hit.prior}:{name}" for hit in hits)
+            choices = ", ".join(f"{hit.prior}:{wanted}" for hit in hits)
             raise UsageError(f"source {name!r} is ambiguous; say which: {choices}")
         known = [f"{key} ({', '.join(prior.classes)})" if prior.classes else key for key, prior in self.priors.items()]
         raise UsageError(f"unknown source {name!r}; the loaded priors know: {'; '.join(known)}")
@@ -232,11 +237,18 @@ class Separator:
         Raises:
             UsageError: the array is empty, not finite, of a wrong shape; a name is unknown.
         """
-        array = wave.detach().cpu().numpy() if isinstance(wave, Tensor) else np.asarray(wave)
+        array = as_array(wave)
         if array.ndim not in (1, 2) or array.size == 0:
             raise UsageError(f"wave must be (channels, time) with samples in it, got shape {array.shape}")
         if not np.isfinite(array).all():
             raise UsageError("wave holds NaN or infinite samples; repair the recording first")
+        if array.ndim == 2 and array.shape[0] > array.shape[1]:
+            raise UsageError(f"wave must be (channels, time), got shape {array.shape}: transpose it")
+        if array.dtype.kind != "f":
+            raise UsageError(f"wave must be of floating point, full scale 1, got {array.dtype}")
+        if sample_rate != int(sample_rate) or sample_rate <= 0:
+            raise UsageError(f"sample_rate must be a whole number of Hz above 0, got {sample_rate}")
+        sample_rate = int(sample_rate)
         wanted = self.resolve(sources)
         job = Job(self, wanted, sample_rate, array.shape[-1], progress)
         pieces = list(job.run([np.atleast_2d(array)]))
@@ -245,7 +257,7 @@ class Separator:
             joined = stems.numpy().reshape(*stems.shape[:1], *array.shape)
             if isinstance(wave, Tensor):
                 return torch.from_numpy(joined).to(wave)
-            return joined.astype(array.dtype if array.dtype.kind == "f" else np.float32)
+            return joined.astype(array.dtype)
 
         stems = torch.cat([piece.stems for piece in pieces], -1)
         rest = torch.from_numpy(np.atleast_2d(array)).double() - stems.sum(0)
@@ -352,6 +364,11 @@ class Job:
         progress: Progress | None,
         share: bool = True,
     ) -> None:
+        if len(sources) == 1:
+            raise UsageError(
+                f"{sources[0].name!r} alone would be the whole recording: name what else is in it, "
+                "as in --sources speech,sound"
+            )
         self.separator, self.sources = separator, sources
         self.names = [source.name for source in sources]
         self.sampler = separator._sampler(sources)
@@ -383,9 +400,9 @@ class Job:
         adders = [OverlapAdd(*size) for _ in range(4)]
         for batch in self._batches(cut(blocks, *size)):
             for piece, (_, last) in zip(self._separate([wave for wave, _ in batch]), batch):
-                order = self.aligner.align(torch.cat((piece.stems, piece.best, piece.spread), 1))
-                parts = list(order.split(piece.stems.shape[1], dim=1))
-                mixture, *done = [adder.add(part, last) for adder, part in zip(adders, [piece.mixture[None], *parts])]
+                order = self.aligner.align(piece.stems)
+                parts = [piece.mixture[None], piece.stems[order], piece.best[order], piece.spread[order]]
+                mixture, *done = [adder.add(part, last) for adder, part in zip(adders, parts)]
                 yield self._finish(Piece(mixture[0], *done))
         self.seconds = time.perf_counter() - self.started
 
@@ -405,9 +422,11 @@ class Job:
 
     def _separate(self, waves: list[np.ndarray]) -> list[Piece]:
         """Separate segments (C, n) of one length; when memory runs out, in smaller batches, then with checkpointing."""
+        counts = self.done, self.evaluations
         try:
             return self._attempt(waves)
         except torch.OutOfMemoryError:
+            self.done, self.evaluations = counts
             if len(waves) == 1 and not self._save_memory():
                 raise AudiosepError(
                     f"out of memory on {self.separator.device} with a single segment of "
@@ -431,7 +450,7 @@ class Job:
 
     def _attempt(self, waves: list[np.ndarray]) -> list[Piece]:
         separator = self.separator
-        native = torch.from_numpy(np.stack(waves)).float()  # (S, C, n)
+        native = torch.from_numpy(np.stack(waves)).double()  # (S, C, n)
         low = np.stack([audio.resample(w, self.sample_rate, separator.sample_rate) for w in waves])
         y = torch.from_numpy(low).float()
         estimates, scores = self._draw(y)  # (samples, S, K, C, N), (samples, S)
@@ -481,6 +500,11 @@ class Job:
                 self.evaluations += len(y) * len(self.sources)
                 if self.progress is not None:
                     self.progress(self.done, self.total, f"step {state.step}/{state.steps}")
+        if not x.isfinite().all():
+            raise AudiosepError(
+                f"the networks gave NaN or infinite samples in {str(self.separator.dtype).removeprefix('torch.')}; "
+                "use --dtype float32"
+            )
         return x.float()
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
@@ -518,7 +542,7 @@ class Job:
         if not self.share:
             return high
         n_fft = 4 * round(128 * self.sample_rate / rate)
-        known = min(1.0, 0.95 * rate / self.sample_rate)
+        known = 0.95 * rate / self.sample_rate if self.sample_rate > rate else 1.0
         return project(mixture.double(), high.transpose(0, 1), n_fft, n_fft // 4, known_band=known).transpose(0, 1)
 
     def _as_first(self, first: Tensor, other: Tensor) -> Tensor:
@@ -547,6 +571,7 @@ class Job:
         separator, size = self.separator, max(self.frames * self.channels, 1)
         duration = self.frames / self.sample_rate
         mixture_level = decibel(self.mixture_energy / size)
+        silent = self.mixture_energy <= size * SILENCE**2
         sources = {}
         for k, source in enumerate(self.sources):
             level = decibel(self.energy[k].item() / size)
@@ -554,7 +579,7 @@ class Job:
                 "prior": source.prior,
                 "class": class_name(separator.priors[source.prior], source.label),
                 "level_dbfs": round(level, 2),
-                "active": level > mixture_level + INACTIVE and self.mixture_energy > 0,
+                "active": level > mixture_level + INACTIVE and not silent,
             }
             if separator.samples > 1:
                 spread = decibel(self.spread_energy[k].item() / size)
@@ -566,7 +591,13 @@ class Job:
                 f"the priors know the band up to {separator.sample_rate / 2:g} Hz; what lies above was shared out "
                 "by the stems' power just below"
             )
-        if self.mixture_energy == 0:
+        reach = min(prior.schedule.ratio[-1].item() for prior in separator.priors.values())
+        if self.sampler.ratios[0] > 1.001 * reach:
+            notes.append(
+                f"the sampler starts at a noise level of {self.sampler.ratios[0]:.2f}, the priors were trained "
+                f"up to {reach:.2f}"
+            )
+        if silent:
             notes.append("the input is silent, and so are the stems")
         return {
             "schema": 1,
@@ -594,11 +625,19 @@ class Job:
             "network_evaluations": self.evaluations,
             "seconds": round(self.seconds, 3),
             "real_time_factor": round(self.seconds / duration, 4) if duration else None,
-            "residual_db": round(decibel(self.residual_energy / size) - mixture_level, 2),
+            "residual_db": None if silent else round(decibel(self.residual_energy / size) - mixture_level, 2),
             "alignment_margins": [round(margin, 4) for margin in self.aligner.margins],
             "sources": sources,
             "notes": notes,
         }
+
+
+def as_array(wave: Any) -> np.ndarray:
+    """A tensor or array-like as an array; bfloat16, which numpy lacks, as float32."""
+    if not isinstance(wave, Tensor):
+        return np.asarray(wave)
+    wave = wave.detach().cpu()
+    return (wave.float() if wave.dtype == torch.bfloat16 else wave).numpy()
 
 
 def class_name(prior: Prior, label: int | None) -> str | None:

@@ -10,7 +10,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import fold, pad
 
 
 @lru_cache(maxsize=64)
@@ -42,14 +42,29 @@ def stft(x: Tensor, n_fft: int, hop_length: int, sqrt: bool = False) -> Tensor:
 
 
 def istft(bins: Tensor, n_fft: int, hop_length: int, length: int, sqrt: bool = False) -> Tensor:
-    """Invert :func:`stft`: bins (..., F, M) to a waveform (..., length)."""
+    """Invert :func:`stft`: bins (..., F, M) to a waveform (..., length).
+
+    `torch.istft` looks at its window's envelope on the host at every call, which would make the loop wait for the
+    device; here the envelope is cached.
+    """
     real = torch.float64 if bins.dtype == torch.complex128 else torch.float32
-    wave = torch.istft(
-        bins.reshape(-1, *bins.shape[-2:]),
-        n_fft,
-        hop_length,
-        window=window(n_fft, sqrt, bins.device, real),
-        center=True,
-        length=length,
-    )
-    return wave.reshape(*bins.shape[:-2], length)
+    taper = window(n_fft, sqrt, bins.device, real)
+    frames = torch.fft.irfft(bins.flatten(0, -3), n=n_fft, dim=-2) * taper[:, None]  # (B, n_fft, M)
+    wave = overlap_add(frames, hop_length) / envelope(bins.shape[-1], n_fft, hop_length, sqrt, bins.device, real)
+    half = n_fft // 2
+    return wave[:, half : half + length].reshape(*bins.shape[:-2], length)
+
+
+def overlap_add(frames: Tensor, hop_length: int) -> Tensor:
+    """Add frames (B, n, M) that start every `hop_length` samples to (B, n + (M - 1) hop_length)."""
+    size, count = frames.shape[-2:]
+    total = size + (count - 1) * hop_length
+    return fold(frames, (1, total), (1, size), stride=(1, hop_length))[:, 0, 0]
+
+
+@lru_cache(maxsize=64)
+def envelope(count: int, n_fft: int, hop_length: int, sqrt: bool, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Sum of `count` squared windows (1, n_fft + (count - 1) hop_length); one where no window reaches."""
+    taper = window(n_fft, sqrt, device, dtype)
+    total = overlap_add((taper**2)[None, :, None].expand(1, n_fft, count), hop_length)
+    return torch.where(total > 1e-11, total, 1.0)

@@ -388,6 +388,7 @@ def test_models(capsys, monkeypatch, tmp_path):
         find=lambda name: tmp_path / "shelf" / name,
         import_unasdiff=lambda path: "prior",
         save_prior=lambda *a: saved.append(a),
+        UNASDIFF_CARD={},
     )
     monkeypatch.setitem(sys.modules, "audiosep.hub", hub)
     monkeypatch.setattr(audiosep, "hub", hub, raising=False)

@@ -1,6 +1,7 @@
 """The manifest, training windows, and mixtures made as the paper makes them."""
 
 import csv
+import pickle
 from itertools import pairwise
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Subset
 
 from audiosep.data import (
+    Cache,
     MixtureDataset,
     SourceDataset,
     active_spans,
@@ -392,3 +394,44 @@ def test_nothing_to_train_on(corpus, tmp_path):
         SourceDataset([], count=1)
     with pytest.raises(AudioError, match="no usable recording"):
         SourceDataset(read_manifest(corpus, root=tmp_path), count=1)[0]
+
+
+# The cache
+
+
+def test_a_cache_gives_the_same_windows(items, tmp_path):
+    plain = SourceDataset(items, 200, seed=1, classes=["Gong"], speed=0.1)
+    cached = SourceDataset(items, 200, seed=1, classes=["Gong"], speed=0.1, cache=tmp_path)
+    batches = DataLoader(cached, batch_size=1, num_workers=2)
+    for i, batch in enumerate(batches):
+        assert batch["label"] == plain[i]["label"]
+        if i >= 20:
+            break
+    assert len(pickle.dumps(cached.cache)) < 2000  # a worker process maps the samples itself
+    # Where the rate is not the file's own, a part's ends are resampled otherwise: compare whole recordings.
+    for position, item in enumerate(cached.items):
+        wave = load_clip(item.path, RATE)
+        assert cached.cache.clip(position) == pytest.approx(wave, abs=float(np.abs(wave).max()) / 60000)
+        part = cached.cache.clip(position, 0.25, 0.5)
+        assert part.size == min(wave.size, RATE // 4)
+    assert cached.cache.clip(0, 0.25, 1.0) == pytest.approx(load_clip(items[0].path, RATE)[-RATE // 4 :], abs=1e-5)
+
+
+def test_a_cache_is_made_once_and_again_for_other_recordings(items, tmp_path, monkeypatch):
+    Cache(items, RATE, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+    monkeypatch.setattr("audiosep.data.load_clip", None)
+    Cache(items, RATE, tmp_path)
+    monkeypatch.undo()
+    Cache(items[1:], RATE, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_a_cache_leaves_out_what_cannot_be_read(damaged, tmp_path):
+    with pytest.warns(UserWarning, match="left out of training"):
+        dataset = SourceDataset(damaged, 100, cache=tmp_path / "cache")
+    assert dataset.failed == ["sound/r1.wav", "speech/a1.flac"]
+    assert all(dataset[i]["wave"].any() for i in range(20))
+    (tmp_path / "file").touch()
+    with pytest.raises(AudioError, match="can't be written"):
+        Cache(damaged, RATE, tmp_path / "file")

@@ -173,7 +173,7 @@ def test_the_real_separator(manifest):
         name: Prior(TriplePathUNet(num_classes=len(classes), **small), vp_linear(), classes=classes, kind=name)
         for name, classes in make.items()
     }
-    separator = Separator(priors, steps=2)
+    separator = Separator(priors, steps=2, samples=1)
     summary = run(manifest, separator, count=1, task="1speech+2sound")
     assert summary["count"] == 1
     assert summary["evaluations"] == 6

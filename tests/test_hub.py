@@ -136,7 +136,7 @@ def test_a_failed_save_leaves_the_old_checkpoint_and_no_rubbish(folder, tmp_path
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(hub, "save_file", full)
+    monkeypatch.setattr(hub, "save", full)
     with pytest.raises(ModelError, match="No space left"):
         hub.save_prior(tiny_prior(("Rain",)), folder, CARD)
     assert (folder / "config.json").read_bytes() == before

@@ -36,8 +36,9 @@ LAYERS = {
     "doctor": 5,
     "multiview": 5,
     "multiview_baselines": 5,
-    "cli": 6,
-    "__main__": 7,
+    "fit": 6,
+    "cli": 7,
+    "__main__": 8,
 }
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
 

@@ -37,15 +37,15 @@ def test_swapped_speakers_are_put_back_even_after_a_silence():
     aligner, adder, out = Aligner([[0, 1]], segment - hop), OverlapAdd(segment, hop), []
     for i, (piece, last) in enumerate(cut([speakers.numpy()], segment, hop)):
         stems = torch.from_numpy(piece)[:, None]
-        out.append(adder.add(aligner.align(stems.flip(0) if i % 3 == 1 else stems), last))
+        stems = stems.flip(0) if i % 3 == 1 else stems
+        out.append(adder.add(stems[aligner.align(stems)], last))
     assert torch.allclose(torch.cat(out, -1)[:, 0], speakers, atol=1e-9)
     assert min(aligner.margins) > 0.1
 
 
 def test_sources_with_an_identity_are_never_moved():
     aligner = Aligner([], 10)
-    stems = torch.randn(3, 1, 100)
-    assert aligner.align(stems) is stems
+    assert aligner.align(torch.randn(3, 1, 100)) == [0, 1, 2]
     assert aligner.margins == []
 
 

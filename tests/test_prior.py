@@ -70,3 +70,25 @@ def test_joint_prior_asks_each_prior_once_and_keeps_the_order(tiny_prior):
     assert torch.allclose(together[:, 0], sound.denoise(x[:, 0], t, torch.tensor([2, 2])), atol=1e-5)
     assert torch.allclose(together[:, 1], speech.denoise(x[:, 1], t), atol=1e-5)
     assert torch.allclose(together[:, 2], sound.denoise(x[:, 2], t), atol=1e-5)
+
+
+def test_the_loss_of_an_item_is_its_own_in_any_batch(tiny_prior):
+    prior = tiny_prior(num_classes=3)
+    torch.nn.init.normal_(prior.backbone.head_out.weight, std=0.1)
+    batch = {"wave": 0.07 * torch.randn(4, 900), "label": torch.arange(4), "index": [3, 4, 5, 6], "seed": [9, 8, 7, 6]}
+    together = prior.loss(batch)
+    for i in range(4):
+        alone = {key: value[i : i + 1] for key, value in batch.items()}
+        torch.testing.assert_close(prior.loss(alone)[0], together[i])
+    other = prior.loss({**batch, "seed": [9, 8, 7, 5]})
+    assert torch.equal(other[:3], together[:3])
+    assert other[3] != together[3]
+
+
+def test_levels_of_items_are_spread_evenly():
+    edm, eps = white("edm"), white("eps")
+    t = edm.steps_of(range(10**6, 10**6 + 200)).sort().values
+    assert (t - torch.linspace(0, 199, 200)).abs().max() < 3
+    t = eps.steps_of(range(2000))
+    assert torch.equal(t, t.round())
+    assert (t.min(), t.max()) == (0, 199)

@@ -2,12 +2,18 @@
 
 import csv
 import importlib.util
+import inspect
 import os
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 
-from audiosep.data import read_manifest
+from audiosep import fit, recipe, train
+from audiosep.cli import main
+from audiosep.data import Item, SourceDataset, read_manifest
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 
@@ -115,3 +121,199 @@ def test_open16k_without_the_corpus(tmp_path, capsys):
     (tmp_path / "manifest.csv").write_text("path,split\n")
     assert module.main(["--root", str(tmp_path)]) == 1
     assert "no column kind" in capsys.readouterr().err
+
+
+# VCTK
+
+
+def touch_audio(path, seconds=0.1, rate=8000):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, np.full(round(seconds * rate), 0.1), rate)
+
+
+@pytest.fixture(scope="module")
+def vctk(tmp_path_factory):
+    """110 speakers of one sentence and two microphones; p280 has one microphone; a stray file."""
+    root = tmp_path_factory.mktemp("vctk")
+    module = prepare("vctk")
+    named = [*module.TEST, *module.VALID]
+    others = [f"p{n}" for n in range(400, 495)]
+    for speaker in named + others:
+        for mic in (1, 2):
+            if (speaker, mic) != ("p280", 2):
+                touch_audio(root / f"wav48_silence_trimmed/{speaker}/{speaker}_001_mic{mic}.flac")
+    (root / "wav48_silence_trimmed/p400/notes.flac").touch()
+    (root / "wav48_silence_trimmed/log.txt").touch()
+    return root
+
+
+def test_vctk_has_ten_speakers_to_test_with(vctk, tmp_path, capsys):
+    manifest = tmp_path / "made/vctk.csv"
+    assert prepare("vctk").main(["--root", str(vctk), "-o", str(manifest)]) == 0
+    said = capsys.readouterr()
+    assert "1 files of another name" in said.err
+    items = read_manifest(manifest)
+    assert len(items) == 219
+    assert all(item.path.is_file() and item.kind == "speech" for item in items)
+    by_split = {split: labels(i for i in items if i.split == split) for split in ("train", "valid", "test")}
+    assert [len(names) for names in by_split.values()] == [95, 5, 10]
+    assert "p280" in by_split["test"]
+    assert "s5" in by_split["valid"]
+    pair = [item for item in items if item.label == "p400"]
+    assert len({item.group for item in pair}) == 1
+    assert pair[0].duration == pytest.approx(0.1)
+
+
+def test_vctk_says_what_is_missing(vctk, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    module = prepare("vctk")
+    assert module.main(["--root", str(tmp_path)]) == 1
+    assert "wav48_silence_trimmed: not there" in capsys.readouterr().err
+    part = tmp_path / "part/wav48_silence_trimmed"
+    shutil.copytree(vctk / "wav48_silence_trimmed/p351", part / "p351")
+    (part / "p225").mkdir()
+    assert module.main(["--root", str(tmp_path / "part")]) == 1
+    said = capsys.readouterr().err
+    assert "2 of 110 speakers" in said
+    assert "no p249, p264" in said
+    assert "no *_mic1.flac of p225" in said
+    assert not Path("data").exists()
+    assert module.main(["--root", str(tmp_path / "part"), "--partial"]) == 0
+    assert labels(read_manifest("data/vctk.csv")) == {"p351"}
+
+
+# FSDKaggle2018
+
+
+@pytest.fixture
+def fsd(tmp_path):
+    """Two classes; 60 clips to train on, half of them checked; one is empty."""
+    root = tmp_path / "fsd"
+    meta = root / "FSDKaggle2018.meta"
+    meta.mkdir(parents=True)
+    train = [["fname", "label", "manually_verified", "freesound_id", "license"]]
+    test = [["fname", "label", "usage", "freesound_id", "license"]]
+    for i in range(60):
+        touch_audio(root / f"FSDKaggle2018.audio_train/{i:08x}.wav", 0 if i == 7 else 0.1)
+        train.append([f"{i:08x}.wav", ["Bark", "Violin_or_fiddle"][i % 2], i // 2 % 2, 1000 + i, "CC0"])
+    for i in range(60, 64):
+        touch_audio(root / f"FSDKaggle2018.audio_test/{i:08x}.wav")
+        test.append([f"{i:08x}.wav", ["Bark", "Violin_or_fiddle"][i % 2], "Public", 1000 + i, "Attribution"])
+    for name, rows in (("train_post_competition", train), ("test_post_competition_scoring_clips", test)):
+        with (meta / f"{name}.csv").open("w", newline="") as file:
+            csv.writer(file).writerows(rows)
+    return root
+
+
+def test_fsdkaggle2018_keeps_the_sets_of_its_authors(fsd, tmp_path, capsys):
+    manifest = tmp_path / "fsd.csv"
+    assert prepare("fsdkaggle2018").main(["--root", str(fsd), "-o", str(manifest)]) == 0
+    said = capsys.readouterr().err
+    assert "left out: 1 that hold no sound" in said
+    assert "2 classes, the whole set has 41" in said
+    items = read_manifest(manifest)
+    assert sum(item.split == "test" for item in items) == 4
+    assert 0 < sum(item.split == "valid" for item in items) < 12
+    assert len(items) == 63
+    assert labels(items) == {"Bark", "Violin_or_fiddle"}
+    assert all(item.path.is_file() and item.kind == "sound" for item in items)
+    assert "Attribution" in manifest.read_text()
+    assert prepare("fsdkaggle2018").main(["--root", str(fsd), "-o", str(manifest), "--verified"]) == 0
+    assert len(read_manifest(manifest)) == 4 + 29
+
+
+def test_fsdkaggle2018_says_what_is_missing(fsd, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    module = prepare("fsdkaggle2018")
+    (fsd / "FSDKaggle2018.audio_train/00000003.wav").unlink()
+    assert module.main(["--root", str(fsd)]) == 1
+    said = capsys.readouterr().err
+    assert "1 of" in said
+    assert "such as 00000003.wav" in said
+    shutil.rmtree(fsd / "FSDKaggle2018.audio_test")
+    (fsd / "FSDKaggle2018.meta/train_post_competition.csv").unlink()
+    assert module.main(["--root", str(fsd)]) == 1
+    said = capsys.readouterr().err
+    assert "FSDKaggle2018.audio_test" in said
+    assert "train_post_competition.csv" in said
+    assert not Path("data").exists()
+
+
+# Your own sounds
+
+
+def test_own_sounds_from_folders_to_a_prior_that_separates(tmp_path, monkeypatch, capsys):
+    """What recipes/README.md says, with a tiny network and a few steps."""
+    pytest.importorskip("accelerate")
+    pytest.importorskip("tensorboard")
+    monkeypatch.chdir(tmp_path)
+    for i in range(10):
+        touch_audio(Path(f"sounds/Bark/{i}.wav"), 0.3)
+        touch_audio(Path(f"sounds/Meow/{i}.flac"), 0.3)
+    Path("sounds/Meow/broken.wav").write_bytes(b"RIFF")
+    assert prepare("own").main(["--root", "sounds"]) == 0
+    said = capsys.readouterr()
+    assert "Bark: 10 recordings, 0.0 min, 1 of them to validate with" in said.out
+    assert "broken.wav" in said.err
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as caught:
+            main([str(a) for a in arguments])
+        assert caught.value.code == 0, capsys.readouterr().err
+
+    small = ["backbone.width=8", "backbone.n_fft=126", "backbone.patch=[1,1]", "backbone.heads=2", "data.segment=0.4"]
+    few = [
+        "train.max_minutes=60",
+        "train.max_steps=2",
+        "train.batch_size=2",
+        "probe.windows=2",
+        "probe.steps=2",
+        "probe.mixtures=0",
+    ]
+    settings = [word for setting in small + few for word in ("--set", setting)]
+    run("train", RECIPES / "own/sound.toml", "-o", "my-prior", "-d", "cpu", *settings)
+    assert len(list(Path("my-prior.run/samples").glob("*.html"))) == 2
+    touch_audio(Path("recording.wav"), 0.5, 16000)
+    run("separate", "recording.wav", "-n", "./my-prior", "-s", "bark,meow", "-d", "cpu", "--steps", "2")
+    assert {p.name for p in Path("separated/my-prior/recording").glob("*.wav")} == {"bark.wav", "meow.wav"}
+    run("models", "info", "./my-prior")
+    assert "held-out denoising loss" in capsys.readouterr().out
+
+
+def test_own_voices_hold_out_whole_speakers(tmp_path, capsys):
+    for i in range(10):
+        touch_audio(tmp_path / f"voices/s{i}/take/a.wav")
+        touch_audio(tmp_path / f"voices/s{i}/take/b.wav")
+    manifest = tmp_path / "voices.csv"
+    assert prepare("own").main(["--root", str(tmp_path / "voices"), "--kind", "speech", "-o", str(manifest)]) == 0
+    valid = read_manifest(manifest, split="valid", kind="speech")
+    assert len(valid) == 2
+    assert len(labels(valid)) == 1
+    assert not labels(valid) & labels(read_manifest(manifest, split="train"))
+    assert len({item.group for item in read_manifest(manifest)}) == 10
+    assert prepare("own").main(["--root", str(tmp_path / "none")]) == 1
+    assert "no such folder" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert prepare("own").main(["--root", str(tmp_path / "empty")]) == 1
+    assert "no recordings" in capsys.readouterr().err
+
+
+# TOML files
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*/*.toml")), ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_every_recipe_builds(path):
+    """Each key is taken by what the table stands for."""
+    tables = recipe.load(path)
+    recipe.check_tables(tables, fit.TABLES)
+    classes = ["a", "b"] if tables["prior"]["kind"] == "sound" else []
+    prior = fit.build_prior(tables, classes)
+    weights = sum(p.numel() for p in prior.parameters())
+    assert weights == pytest.approx(37e6 if path.stem == "paper" else 8.7e6, rel=0.02)
+    options = recipe.build(train.Options, tables["train"], "train")
+    item = Item("a.wav", Path("a.wav"), "train", tables["prior"]["kind"], "a", 4.0, "g")
+    window = {k: v for k, v in tables["data"].items() if k not in (*fit.MANIFEST, "cache")}
+    recipe.build(SourceDataset, window, "data", items=[item], count=options.batch_size)
+    known = set(inspect.signature(fit.Probe).parameters)
+    assert set(tables.get("probe", {})) <= known - {"data", "prior", "folder"}
+    recipe.build(fit._card, tables["card"], "card")

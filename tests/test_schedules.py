@@ -30,6 +30,10 @@ def test_steps_and_ratios_invert_each_other(schedule):
     assert (schedule.ratio.diff() > 0).all()
 
 
+def test_a_single_step_is_the_noisiest():
+    assert ve(1, 1e-3, 1.5).ratio.tolist() == [1.5]
+
+
 def test_levels_outside_the_table_are_limited_to_it():
     schedule = ve(10, 1e-2, 1.0)
     assert schedule.step_at(torch.tensor([1e-5, 50.0], dtype=torch.float64)).tolist() == [0, 9]

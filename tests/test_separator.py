@@ -108,11 +108,38 @@ def test_names_are_classes_priors_and_numbers(make):
 
 
 def test_a_name_of_two_priors_is_ambiguous(tiny_prior):
-    priors = {key: tiny_prior(num_classes=1, classes=["Bark"], kind=key) for key in ("dogs", "pets")}
+    priors = {key: tiny_prior(num_classes=1, classes=["Bark"], kind="animal") for key in ("dogs", "pets")}
     separator = Separator(priors, steps=1)
-    with pytest.raises(UsageError, match=r"ambiguous.*dogs:bark, pets:bark"):
-        separator.source_names(["bark"])
-    assert separator.source_names(["pets:bark"]) == ["bark"]
+    assert separator.source_names() == ["dogs", "pets"]
+    for name in ("bark", "animal"):
+        with pytest.raises(UsageError, match=rf"ambiguous.*dogs:{name}, pets:{name}"):
+            separator.source_names([name])
+        assert separator.resolve([f"pets:{name}"])[0].prior == "pets"
+    assert separator.resolve(["pets:bark"])[0].label == 0
+    assert separator.resolve(["pets"])[0].label is None
+
+
+def test_stems_carry_the_names_asked_for(tiny_prior):
+    priors = {"speech_source": tiny_prior(kind="speech"), "bark": tiny_prior(num_classes=1, classes=["Bark"])}
+    separator = Separator(priors, steps=1)
+    assert separator.source_names(["speech", "BARK"]) == ["speech", "bark"]
+
+
+def test_one_source_alone_is_refused(make):
+    with pytest.raises(UsageError, match="whole recording"):
+        make()(recording(), 16000, sources=["speech"])
+
+
+def test_models_of_one_name_are_refused(tmp_path):
+    with pytest.raises(UsageError, match="one name"):
+        Separator.from_pretrained([tmp_path / "a" / "speech", tmp_path / "b" / "speech"])
+
+
+def test_a_network_that_breaks_down_is_an_error_of_that_recording(make):
+    separator = make()
+    separator.priors["speech"].backbone.head_out.weight.fill_(torch.nan)
+    with pytest.raises(AudiosepError, match="--dtype float32"):
+        separator(recording(), 16000, sources=["speech", "speech"])
 
 
 @pytest.mark.parametrize(
@@ -132,7 +159,16 @@ def test_impossible_options_are_refused_before_any_work(make, options, message):
         make(**options)
 
 
-@pytest.mark.parametrize("wave", [np.zeros((1, 0)), np.zeros((2, 3, 4)), np.full((1, 100), np.nan)])
+@pytest.mark.parametrize(
+    "wave",
+    [
+        np.zeros((1, 0)),
+        np.zeros((2, 3, 4)),
+        np.full((1, 100), np.nan),
+        np.zeros((100, 2)),
+        np.zeros((1, 100), np.int16),
+    ],
+)
 def test_arrays_that_are_no_recording_are_refused(make, wave):
     with pytest.raises(UsageError, match="wave"):
         make()(wave, 16000)
@@ -180,7 +216,8 @@ def test_unprojected_stems_and_residual_add_up(make):
 
 
 @pytest.mark.parametrize(
-    ("subtype", "tolerance"), [("FLOAT", 1e-7), ("PCM_16", 1.01 / 2**15), ("PCM_24", 1.01 / 2**23)]
+    ("subtype", "tolerance"),
+    [("FLOAT", 1e-7), ("PCM_16", 1.01 / 2**15), ("PCM_24", 1.01 / 2**23), ("PCM_32", 1.01 / 2**31), ("DOUBLE", 1e-16)],
 )
 def test_files_add_up_to_the_last_bit_of_their_format(make, tmp_path, subtype, tolerance):
     path = tmp_path / "録音.wav"

@@ -27,10 +27,11 @@ def gated(x: Tensor) -> Tensor:
 @lru_cache(maxsize=64)
 def rotary_table(length: int, dim: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cosines and sines (length, dim) of rotary position embedding, theta 1e4, interleaved pairs."""
-    frequency = 1e4 ** (-torch.arange(0, dim, 2, dtype=torch.float32) / dim)
-    angle = torch.arange(length, dtype=torch.float32)[:, None] * frequency
+    # Made where it is used: a compiled block then holds no copy from another device.
+    frequency = 1e4 ** (-torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
+    angle = torch.arange(length, dtype=torch.float32, device=device)[:, None] * frequency
     angle = angle.repeat_interleave(2, dim=-1)
-    return angle.cos().to(device, dtype), angle.sin().to(device, dtype)
+    return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
 def rotate(x: Tensor) -> Tensor:

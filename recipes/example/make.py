@@ -1,9 +1,9 @@
-"""Make the example mixture: a synthetic voice over synthetic bells and knocks, 6 s at 16 kHz.
+"""Make the example mixture: a synthetic voice over synthetic chirps and shakers, 6 s at 16 kHz.
 
 The voice is a formant synthesiser in the manner of D. Klatt, "Software for a cascade/parallel
 formant synthesizer", J. Acoust. Soc. Am. 67 (1980): a glottal pulse train and noise through
-second-order resonators that glide from phone to phone. The bells are decaying inharmonic
-partials, the knocks short damped resonances. Everything is computed here from a fixed seed: no
+second-order resonators that glide from phone to phone. The chirps are swinging
+tones, the shakers bursts of high noise. Everything is computed here from a fixed seed: no
 recording is used. speech.wav + sound.wav = mixture.wav exactly, in integers.
 
 Run: python recipes/example/make.py [FOLDER]
@@ -63,8 +63,6 @@ TEXT = (
 )
 TEXT = TEXT.replace("OY", "AO IY")
 STRESSED = {"AO", "AE", "EH", "OW", "IY", "ER", "AA"}
-BELL = ((0.5, 0.5, 2.2), (1.0, 1.0, 1.6), (1.19, 0.8, 1.3), (1.56, 0.35, 0.9), (2.0, 0.7, 0.8))
-BELL += ((2.51, 0.3, 0.5), (2.66, 0.3, 0.45), (3.01, 0.25, 0.35), (4.17, 0.2, 0.2))
 
 
 def resonate(x: np.ndarray, hz: np.ndarray, width: np.ndarray) -> np.ndarray:
@@ -150,28 +148,23 @@ def voice(length: int, generator: np.random.Generator) -> np.ndarray:
     return np.convolve(dry, room)[:length] + 5e-4 * generator.standard_normal(length)
 
 
-def bell(hz: float, length: int, generator: np.random.Generator) -> np.ndarray:
-    """A struck bell with hum, prime, tierce, quint, nominal and beating upper partials."""
-    t = np.arange(length) / RATE
-    x = np.zeros(length)
-    for ratio, level, seconds in BELL:
-        for detuned in (1.0, 1.0 + 0.0015 * generator.standard_normal()):
-            x += level * np.exp(-t / (0.45 * seconds)) * np.sin(2 * np.pi * hz * ratio * detuned * t)
-    clapper = generator.standard_normal(length) * np.exp(-t / 0.006)
-    return (x + 0.8 * clapper) * np.minimum(1, t / 0.001)
+def chirp(wobble: float) -> np.ndarray:
+    """A small bird: 150 ms of a tone around 4.5 kHz that swings 12 times a second."""
+    t = np.arange(round(0.15 * RATE)) / RATE
+    hz = 4500 + 800 * np.sin(2 * np.pi * 12 * t + wobble)
+    return np.sin(2 * np.pi * np.cumsum(hz) / RATE) * np.hanning(t.size)
 
 
-def knock(length: int, generator: np.random.Generator) -> np.ndarray:
-    """A knuckle on wood: three damped low resonances and a click."""
-    t = np.arange(length) / RATE
-    x = 0.5 * generator.standard_normal(length) * np.exp(-t / 0.004)
-    for hz, seconds in ((190, 0.05), (430, 0.03), (910, 0.015)):
-        x += np.exp(-t / seconds) * np.sin(2 * np.pi * hz * t)
-    return x
+def shake(generator: np.random.Generator) -> np.ndarray:
+    """A shaker: 250 ms of noise above 4.5 kHz that dies away."""
+    bins = np.fft.rfft(generator.standard_normal(round(0.25 * RATE)))
+    bins[: round(4500 * 0.25)] = 0
+    noise = np.fft.irfft(bins)
+    return noise * np.exp(-np.arange(noise.size) / RATE / 0.06)
 
 
 def events(length: int, generator: np.random.Generator) -> np.ndarray:
-    """Bells, knocks and one shaken rattle: (length,)."""
+    """Chirps, and a shaker now and then: (length,)."""
     x = np.zeros(length)
 
     def place(at: float, level: float, sound: np.ndarray) -> None:
@@ -179,13 +172,10 @@ def events(length: int, generator: np.random.Generator) -> np.ndarray:
         end = min(length, start + sound.size)
         x[start:end] += level * sound[: end - start]
 
-    for at, hz, level in ((0.15, 880, 0.5), (1.55, 1175, 0.4), (2.9, 740, 0.5), (4.6, 988, 0.45)):
-        place(at, level, bell(hz, length, generator))
-    for at in (0.95, 1.13, 1.31, 3.9, 4.08):
-        place(at, 1.1, knock(4000, generator))
-    t = np.arange(round(0.5 * RATE)) / RATE
-    shakes = np.sum([np.exp(-(((t - c) / 0.02) ** 2)) for c in (0.06, 0.18, 0.3, 0.42)], axis=0)
-    place(5.35, 0.5, np.diff(generator.standard_normal(t.size), prepend=0.0) * shakes)
+    for i, at in enumerate(np.arange(0.2, 5.8, 0.45)):
+        place(at, 0.5, chirp(float(i)))
+    for at in np.arange(0.6, 5.7, 1.35):
+        place(at, 0.35, shake(generator))
     return x
 
 

@@ -1,0 +1,367 @@
+"""Train a prior from a recipe: what `audiosep.train` doesn't know, put together from its tables.
+
+A recipe's tables are keyword arguments: [prior] of `Prior`, [backbone] and [schedule] of what their `name` says in
+`hub`, [data] of `read_manifest` and `SourceDataset`, [train] of `train.Options`, [probe] of `Probe`, [card] of the
+model card. A run of `fit(tables, "my-prior")` leaves the checkpoint in `my-prior`, and its log, its state, samples to
+listen to and TensorBoard's files in `my-prior.run`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from audiosep import distributed, hub, report, train
+from audiosep.data import KINDS, Item, MixtureDataset, SourceDataset, class_names, read_manifest
+from audiosep.errors import UsageError
+from audiosep.evaluate import score
+from audiosep.prior import Prior
+from audiosep.recipe import build, check_tables
+from audiosep.separator import Separator
+
+__all__ = ["Probe", "build_prior", "draw", "fit", "run_folder"]
+
+TABLES = ("prior", "backbone", "schedule", "data", "train", "probe", "card")
+MANIFEST = ("manifest", "root", "kind", "least")  # keys of [data] that are not SourceDataset's
+FOREVER = 2**40  # windows of a run whose budget is time
+
+log = logging.getLogger("audiosep.fit")
+
+
+def fit(
+    tables: Mapping[str, Any],
+    out: str | Path,
+    *,
+    resume: bool = False,
+    device: str = "auto",
+    stop_minutes: float | None = None,
+    progress: train.Progress | None = None,
+) -> dict[str, Any]:
+    """Train the prior of a recipe and write its checkpoint to `out`; arguments and result as of `train.train`.
+
+    Raises:
+        UsageError: a key of the recipe that nothing takes, or a value that doesn't fit.
+    """
+    check_tables(tables, TABLES)
+    out = Path(out)
+    if out.exists() and not (out / hub.CONFIG).exists() and any(out.iterdir()):
+        raise UsageError(f"{out} is there and not a checkpoint; choose another -o")
+    options = build(train.Options, tables.get("train", {}), "train")
+    data = _Data(tables)
+    classes = data.classes()
+    torch.manual_seed(options.seed)
+    prior = build_prior(tables, classes)
+    windows = data.windows(data.train, (options.max_steps or FOREVER) * options.batch_size, options.seed, prior)
+    probe = build(Probe, tables.get("probe", {}), "probe", data=data, prior=prior, folder=run_folder(out))
+    card = build(_card, tables.get("card", {}), "card")
+
+    def save(average: torch.nn.Module, facts: dict[str, Any]) -> None:
+        assert isinstance(average, Prior)
+        rows = train.read_log(run_folder(out))
+        facts = {**_facts(options, windows, facts), "device": _device_name(next(average.parameters()).device)}
+        if windows.failed:
+            facts["recordings left out, as they can't be decoded"] = len(windows.failed)
+        hub.save_prior(average, out, {**data.card(), **card, "metrics": probe.metrics(rows), "training": facts})
+
+    return train.train(
+        prior,
+        windows,
+        run_folder(out),
+        options,
+        save=save,
+        probe=probe,
+        level=lambda batch: prior.steps_of(batch["index"]) / (len(prior.schedule) - 1),
+        about={"prior": json.loads(json.dumps(prior.config)), "recordings": data.fingerprint()},
+        resume=resume,
+        device=device,
+        stop_minutes=stop_minutes,
+        progress=progress,
+    )
+
+
+def run_folder(out: str | Path) -> Path:
+    """Where the run of a checkpoint keeps its state and its log."""
+    return Path(out).with_name(f"{Path(out).name}.run")
+
+
+def build_prior(tables: Mapping[str, Any], classes: Sequence[str]) -> Prior:
+    """The prior of a recipe: untrained, or with the weights of the checkpoint that `prior.start` names."""
+    table = dict(tables.get("prior", {}))
+    start = table.pop("start", None)
+    more = {} if "num_classes" in tables.get("backbone", {}) else {"num_classes": len(classes)}
+    backbone = _named(hub.BACKBONES, tables, "backbone", "triple_path_unet", **more)
+    if len(classes) > backbone.num_classes:
+        raise UsageError(f"backbone.num_classes is {backbone.num_classes}, the recordings have {len(classes)} classes")
+    schedule = _named(hub.SCHEDULES, tables, "schedule", "ve")
+    prior = build(Prior, table, "prior", backbone=backbone, schedule=schedule, classes=classes)
+    if start is not None:
+        _start(prior, hub.load_prior(start), start)
+    return prior
+
+
+def _start(prior: Prior, other: Prior, name: str) -> None:
+    """Take over the weights of `other`; classes by their names, one that it doesn't know begins as its null class."""
+    known = {label.casefold(): i for i, label in enumerate(other.classes)}
+    rows = [known.get(label.casefold(), other.null) for label in prior.classes]
+    rows += [other.null] * (prior.null + 1 - len(rows))
+    weights = {
+        key: value[rows] if key.startswith("class_embeddings.") else value
+        for key, value in other.backbone.state_dict().items()
+    }
+    try:
+        prior.backbone.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1].strip()
+        raise UsageError(f"prior.start: {name} is another network than the recipe's: {reason}") from error
+
+
+def _named(makers: Mapping[str, Any], tables: Mapping[str, Any], table: str, default: str, **more: Any) -> Any:
+    arguments = dict(tables.get(table, {}))
+    name = arguments.pop("name", default)
+    if name not in makers:
+        raise UsageError(f"{table}.name is one of {', '.join(makers)}, got {name!r}")
+    return build(makers[name], arguments, table, **more)
+
+
+class _Data:
+    """The recordings that a recipe's [data] names."""
+
+    def __init__(self, tables: Mapping[str, Any]) -> None:
+        self.table = dict(tables.get("data", {}))
+        self.own = {key: self.table.pop(key) for key in MANIFEST if key in self.table}
+        if "manifest" not in self.own:
+            raise UsageError("data.manifest is missing: the file that a recipe's prepare.py writes")
+        kind = tables.get("prior", {}).get("kind", "sound")
+        self.kind = self.own.get("kind", kind if kind in KINDS else "sound")
+        self.train = self.items("train")
+        try:
+            self.valid = self.items("valid")
+        except UsageError as error:
+            log.warning("no held-out losses: %s", error)
+            self.valid = []
+
+    def items(self, split: str, kind: str | None = None) -> list[Item]:
+        return read_manifest(self.own["manifest"], self.own.get("root"), split, kind or self.kind)
+
+    def classes(self) -> list[str]:
+        return class_names(self.train, self.own.get("least", 5))
+
+    def windows(self, items: Sequence[Item], count: int, seed: int, prior: Prior) -> SourceDataset:
+        return build(
+            SourceDataset,
+            self.table,
+            "data",
+            items=items,
+            count=count,
+            seed=seed,
+            sample_rate=prior.sample_rate,
+            classes=prior.classes,
+        )
+
+    def fingerprint(self) -> str:
+        names = "\n".join(f"{item.label} {item.id} {item.duration}" for item in self.train)
+        return hashlib.sha256(names.encode()).hexdigest()[:16]
+
+    def card(self) -> dict[str, Any]:
+        """What the model card says of the recordings, unless the recipe says more."""
+        hours = sum(item.duration for item in self.train) / 3600
+        labels = len({item.label for item in self.train})
+        name = Path(self.own["manifest"]).name
+        return {"data": f"{len(self.train)} recordings, {hours:.2f} h, {labels} labels (train split of {name})"}
+
+
+class Probe:
+    """Where a run is going: the denoising loss of held-out windows by noise level, samples, a separation score (of one
+    posterior sample each, where the separator takes the mean of several).
+
+    Args:
+        windows: held-out windows.
+        levels: noise levels at which their loss is taken, evenly spaced in the steps of the schedule.
+        samples: sounds drawn from the prior, in `samples/` as a page of spectrograms and players.
+        steps: network evaluations per sample.
+        mixtures: held-out mixtures that are separated.
+        partner: a checkpoint of the other kind: mixtures are then one speech and one sound, else two of the own kind.
+        batch: windows in one forward pass.
+    """
+
+    def __init__(
+        self,
+        data: _Data,
+        prior: Prior,
+        folder: Path,
+        windows: int = 32,
+        levels: int = 8,
+        samples: int = 4,
+        steps: int = 50,
+        mixtures: int = 4,
+        partner: str | None = None,
+        batch: int = 8,
+    ) -> None:
+        self.folder, self.samples, self.steps, self.batch = folder / "samples", samples, steps, batch
+        self.segment = float(data.table.get("segment", 4.0))
+        self.kind = data.kind
+        self.partner: Prior | None = None
+        top = len(prior.schedule) - 1
+        self.levels = [top * (k + 0.5) / levels for k in range(levels)]
+        self.windows: list[dict[str, Any]] = []
+        if data.valid and windows:
+            held_out = data.windows(data.valid, windows, 0, prior)
+            self.windows = [held_out[i] for i in range(windows)] if distributed.rank() == 0 else []
+        self.mixtures: MixtureDataset | None = None
+        self.named = False
+        if data.valid and mixtures:
+            self._mix(data, prior, mixtures, partner)
+
+    def __call__(self, average: torch.nn.Module, step: int, board: Any) -> dict[str, float]:
+        assert isinstance(average, Prior)
+        found = {f"denoising_{k}": loss for k, loss in enumerate(self._losses(average))}
+        if found:
+            found["denoising"] = sum(found.values()) / len(found)
+        if self.samples:
+            self._draw(average, step, board)
+        if self.mixtures is not None:
+            found["si_sdr"] = self._separate(average)
+        return found
+
+    def metrics(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Rows of the model card from the last probe in the log."""
+        probed = [row for row in rows if any(key.startswith("probe/") for key in row)]
+        if not probed:
+            return []
+        last = {key.removeprefix("probe/"): value for key, value in probed[-1].items()}
+        table = [
+            {"metric": f"held-out denoising loss at step {t:.0f} of the schedule", "value": last[f"denoising_{k}"]}
+            for k, t in enumerate(self.levels)
+            if f"denoising_{k}" in last
+        ]
+        if "denoising" in last:
+            table.append({"metric": "the same, mean", "value": last["denoising"]})
+        if "si_sdr" in last and self.mixtures is not None:
+            what = f"SI-SDR in dB, {self.mixtures.task}, {len(self.mixtures)} held-out mixtures"
+            table.append({"metric": what, "value": last["si_sdr"]})
+        return table
+
+    def _mix(self, data: _Data, prior: Prior, count: int, partner: str | None) -> None:
+        items, task = list(data.valid), f"2{self.kind}"
+        known: Sequence[str] = prior.classes
+        self.named = bool(partner) or (self.kind == "sound" and bool(known))
+        if partner:
+            other = next(kind for kind in KINDS if kind != self.kind)
+            self.partner, task = hub.load_prior(partner), "1speech+1sound"
+            items += data.items("valid", other)
+            known = (*prior.classes, *self.partner.classes)
+        self.known = {name.casefold() for name in known}
+        try:
+            rate = prior.sample_rate
+            self.mixtures = MixtureDataset(items, task, count, 0, self.segment, rate, classes=known or None)
+        except UsageError as error:
+            log.warning("no separation score: %s", error)
+
+    @torch.no_grad()
+    def _losses(self, prior: Prior) -> list[float]:
+        device = next(prior.parameters()).device
+        losses = []
+        for k, t in enumerate(self.levels if self.windows else []):
+            generator = torch.Generator(device).manual_seed(k)
+            total = 0.0
+            for first in range(0, len(self.windows), self.batch):
+                rows = self.windows[first : first + self.batch]
+                wave = torch.stack([row["wave"] for row in rows]).to(device)
+                label = torch.tensor([row["label"] for row in rows], device=device)
+                steps = torch.full((len(rows),), t, dtype=torch.float64)
+                loss = prior.loss_at({"wave": wave, "label": label}, steps, None, generator)
+                total += float(loss.sum())
+            losses.append(total / len(self.windows))
+        return losses
+
+    def _draw(self, prior: Prior, step: int, board: Any) -> None:
+        spread = max(1, len(prior.classes) // self.samples)
+        labels = [(k * spread) if k * spread < len(prior.classes) else prior.null for k in range(self.samples)]
+        waves = draw(prior, labels, round(self.segment * prior.sample_rate), self.steps).cpu()
+        names = [prior.classes[label] if label < len(prior.classes) else prior.kind for label in labels]
+        tracks = [(name, wave[None].numpy(), prior.sample_rate) for name, wave in zip(names, waves)]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        page = self.folder / f"step-{step:07d}.html"
+        report.write_page(page, f"Samples at step {step}", {"step": step, "evaluations": self.steps}, tracks)
+        for k, (name, wave, rate) in enumerate(tracks):
+            picture = report.mel_picture(wave, rate)[::-1]
+            shown = (picture - picture.max()) / report.RANGE_DB + 1
+            board.add_image(f"samples/{k}_{name}", shown.clip(0, 1)[None], step)
+            board.add_audio(f"samples/{k}_{name}", wave, step, rate)
+
+    def _separate(self, prior: Prior) -> float:
+        """Mean SI-SDR; as named where names tell the sources apart, otherwise in the best order."""
+        assert self.mixtures is not None
+        priors = {self.kind: prior}
+        if self.partner is not None:
+            priors[next(kind for kind in KINDS if kind != self.kind)] = self.partner
+        separator = Separator(priors, samples=1, device=next(prior.parameters()).device)
+        scores = []
+        for i in range(len(self.mixtures)):
+            item = self.mixtures[i]
+            asked = [self._name(name) for name in item["names"]]
+            result = separator(item["mixture"][None], prior.sample_rate, sources=asked)
+            estimates = torch.stack([torch.as_tensor(stem)[0] for stem in result.sources.values()])
+            found = score(estimates.cpu(), item["sources"], item["mixture"])
+            scores += found["si_sdr" if self.named else "si_sdr_permuted"]
+        return sum(scores) / len(scores)
+
+    def _name(self, name: str) -> str:
+        """What to ask a separator for: a class that a prior knows, or any sound."""
+        return name if name == "speech" or name.casefold() in self.known else "sound"
+
+
+@torch.no_grad()
+def draw(prior: Prior, labels: Sequence[int], length: int, steps: int = 50, seed: int = 0) -> Tensor:
+    """Sounds (B, length) of the prior itself, one per label, by the probability-flow equation in `steps` Euler steps.
+
+    x_next = D + (s_next / s) (x - D), D = E[x_0 | x] (Jiaming Song et al., "Denoising Diffusion Implicit Models", 2020,
+    https://arxiv.org/abs/2010.02502, equation 12, in terms of s = sigma / alpha).
+    """
+    device = next(prior.parameters()).device
+    label = torch.tensor(labels, device=device)
+    times = torch.linspace(len(prior.schedule) - 1, 0, steps, dtype=torch.float64)
+    ratios = [*prior.schedule.ratio_at(times).tolist(), 0.0]
+    noise = torch.randn(len(labels), length, generator=torch.Generator().manual_seed(seed))
+    x = ratios[0] * noise.to(device)
+    for t, s, following in zip(times, ratios, ratios[1:]):
+        alpha = float(prior.schedule.alpha_of(torch.tensor(s)))
+        clean = prior.denoise(alpha * x, t.expand(len(labels)), label)
+        x = clean + following / s * (x - clean)
+    return x
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _card(
+    title: str | None = None,
+    description: str | None = None,
+    licence: str | None = None,
+    licence_id: str | None = None,
+    data: str | None = None,
+    attribution: str | list[str] | None = None,
+) -> dict[str, Any]:
+    """[card]: what `hub.save_prior` writes into the model card."""
+    return {key: value for key, value in locals().items() if value is not None}
+
+
+def _facts(options: train.Options, windows: SourceDataset, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The card's section on training."""
+    seen = facts["step"] * options.batch_size * windows.segment / 3600
+    return {
+        "steps": facts["step"],
+        "windows per step": f"{options.batch_size} of {windows.segment:g} s ({seen:.1f} h in all)",
+        "optimiser": f"AdamW, learning rate {options.learning_rate:g}, {options.decay}",
+        "average of the weights": f"exponential, {options.ema:g} a step",
+        "precision": options.precision,
+        "minutes": facts["seconds"] / 60,
+    }

@@ -1,0 +1,214 @@
+"""From a recipe and a folder of recordings to a checkpoint that separates, through the real command."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from audiosep import hub
+from audiosep.cli import main
+from audiosep.fit import build_prior, draw
+from audiosep.separator import Separator
+from audiosep.train import read_log
+
+pytest.importorskip("accelerate")
+pytest.importorskip("tensorboard")
+
+RATE = 16000
+ROOT = Path(__file__).parents[1]
+RECIPE = """
+[prior]
+kind = "sound"
+parameterization = "edm"
+
+[backbone]
+name = "triple_path_unet"
+width = 8
+depth = [1, 1, 1, 1, 1]
+heads = 2
+condition_dim = 16
+squeeze = 4
+n_fft = 126
+head = "mask"
+adaln_zero = true
+
+[schedule]
+name = "ve"
+
+[data]
+manifest = "manifest.csv"
+segment = 0.5
+least = 3
+
+[train]
+max_steps = 4
+batch_size = 2
+log_every = 2
+save_every = 2
+probe_every = 4
+
+[probe]
+windows = 4
+levels = 3
+samples = 2
+steps = 3
+mixtures = 1
+
+[card]
+title = "Tones"
+licence = "CC0-1.0"
+"""
+
+
+@pytest.fixture(autouse=True)
+def corpus(tmp_path, monkeypatch):
+    """Two classes of tones and a rare one; the current folder is theirs."""
+    monkeypatch.chdir(tmp_path)
+    rows = [["path", "split", "kind", "speaker_or_class", "duration_s", "group"]]
+    n = np.arange(RATE // 2) / RATE
+    for label, frequency, count in (("Beep", 1000, 5), ("Hum", 200, 5), ("Rare", 3000, 1)):
+        for i in range(count):
+            name = f"{label}{i}.wav"
+            soundfile.write(name, 0.1 * np.sin(2 * np.pi * (frequency + 10 * i) * n), RATE)
+            rows.append([name, "valid" if i == 4 else "train", "sound", label, 0.5, name])
+    with open("manifest.csv", "w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    Path("tones.toml").write_text(RECIPE)
+
+
+def run(*arguments):
+    with pytest.raises(SystemExit) as caught:
+        main([str(a) for a in arguments])
+    return caught.value.code
+
+
+def test_a_recipe_becomes_a_checkpoint(capsys):
+    assert run("train", "tones.toml", "-o", "tones", "-d", "cpu", "--progress", "none") == 0
+    assert capsys.readouterr().out == "tones\n"
+    prior = hub.load_prior("tones")
+    assert prior.classes == ("Beep", "Hum")
+    assert prior.backbone.num_classes == 2
+    rows = read_log("tones.run")
+    probes = [row for row in rows if "probe/denoising" in row]
+    assert [row["step"] for row in probes] == [0, 4]
+    assert all(np.isfinite(list(row.values())).all() for row in rows)
+    config = hub.read_config(Path("tones"))
+    assert config["licence"] == "CC0-1.0"
+    assert len(config["metrics"]) == 5
+    assert config["metrics"][3]["value"] == pytest.approx(probes[-1]["probe/denoising"])
+    card = Path("tones/README.md").read_text()
+    for said in ("# Tones", "9 recordings", "2sound, 1 held-out mixtures", "| steps | 4 |"):
+        assert said in card
+    page = Path("tones.run/samples/step-0000004.html").read_text()
+    assert page.count("<audio") == 2
+    assert "Beep" in page
+    result = Separator.from_pretrained("tones", device="cpu", steps=2)(torch.randn(1, 8000) / 10, RATE, ["beep", "hum"])
+    assert list(result.sources) == ["beep", "hum"]
+
+
+def test_a_run_may_start_from_another_prior(tiny_prior, capsys):
+    net = {"width": 8, "depth": [1] * 5, "heads": 2, "condition_dim": 16, "squeeze": 4, "n_fft": 126, "head": "mask"}
+    other = tiny_prior(num_classes=3, classes=["Gong", "HUM", "Beep"])
+    hub.save_prior(other, "other", {}, torch.float32)
+    tables = {"prior": {"start": "other", "parameterization": "edm"}, "backbone": net}
+    prior = build_prior(tables, ["Beep", "Hum", "New"])
+    mine, theirs = prior.backbone.class_embeddings[0].weight, other.backbone.class_embeddings[0].weight
+    assert torch.equal(mine, theirs[[2, 1, 3, 3]])
+    assert torch.equal(prior.backbone.stem.weight, other.backbone.stem.weight)
+    settings = ["--set", "probe.mixtures=0", "--set", "probe.samples=0", "-d", "cpu", "-q"]
+    assert run("train", "tones.toml", "--set", "prior.start=other", *settings) == 0
+    assert run("train", "tones.toml", "--set", "prior.start=other", "--set", "backbone.width=16", *settings) == 2
+    assert "other is another network than the recipe's: size mismatch" in capsys.readouterr().err
+    assert run("train", "tones.toml", "--set", "prior.start=none", *settings) == 3
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_prior():
+    settings = [
+        word
+        for s in ("probe.mixtures=0", "probe.samples=0", "train.save_every=9", "data.cache=cache")
+        for word in ("--set", s)
+    ]
+    words = ["-m", "audiosep", "train", "tones.toml", *settings, "-d", "cpu"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    two = subprocess.run([*launch, *words, "-o", "two"], env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    assert two.stdout == "two\n"
+    subprocess.run([sys.executable, *words, "-o", "one"], env=environment, stdout=subprocess.DEVNULL, check=True)
+    for ours, theirs in zip(read_log("two.run"), read_log("one.run"), strict=True):
+        for key in ours.keys() & {"loss", "gradient", "probe/denoising"}:
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-4)
+
+
+def test_a_prior_of_any_sound_without_classes():
+    settings = ["--set", "data.least=99", "--set", "train.max_steps=1", "--set", "probe.samples=0"]
+    assert run("train", "tones.toml", *settings, "-d", "cpu", "-q") == 0
+    assert hub.load_prior("runs/tones").classes == ()
+    assert np.isfinite(read_log("runs/tones.run")[-1]["probe/si_sdr"])
+
+
+def test_a_run_goes_on(capsys):
+    settings = ["--set", "probe.mixtures=0", "--set", "probe.samples=0", "-d", "cpu", "-q"]
+    assert run("train", "tones.toml", *settings, "--stop-after", "0") == 0
+    assert run("train", "tones.toml", *settings) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert run("train", "tones.toml", *settings, "--resume", "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["checkpoint"] == "runs/tones"
+    assert (result["step"], result["finished"]) == (4, True)
+    assert run("train", "tones.toml", *settings, "--resume", "--set", "backbone.width=16") == 2
+    assert "a run with prior" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("train.batchsize=4", "train.batchsize: no such setting (did you mean batch_size?)"),
+        ("backbone.widht=4", "backbone.widht: no such setting (did you mean width?)"),
+        ("backbone.name=unet", "backbone.name is one of triple_path_unet"),
+        ("backbone.num_classes=1", "backbone.num_classes is 1, the recordings have 2 classes"),
+        ("schedule.name=vp", "schedule.name is one of"),
+        ("data.sgment=4", "data.sgment: no such setting (did you mean segment?)"),
+        ("data.manifest=none.csv", "none.csv: no such manifest"),
+        ("prior.parameterization=x", "[prior]: parameterization is 'eps' or 'edm'"),
+        ("probe.window=3", "probe.window: no such setting (did you mean windows?)"),
+        ("card.license=MIT", "card.license: no such setting (did you mean licence?)"),
+        ("tarin.batch_size=4", "tarin: no such table"),
+    ],
+)
+def test_what_nothing_takes_is_named(setting, said, capsys):
+    assert run("train", "tones.toml", "--set", setting, "-d", "cpu") == 2
+    assert said in capsys.readouterr().err
+    assert not Path("runs").exists()
+
+
+def test_a_folder_that_is_no_checkpoint_is_left_alone(capsys):
+    Path("mine").mkdir()
+    Path("mine/thesis.txt").touch()
+    assert run("train", "tones.toml", "-o", "mine", "-d", "cpu") == 2
+    assert "not a checkpoint" in capsys.readouterr().err
+    assert [p.name for p in Path("mine").iterdir()] == ["thesis.txt"]
+
+
+def test_drawing_from_the_exact_prior_of_white_noise_gives_its_level():
+    class Zero(torch.nn.Module):
+        num_classes, config = 0, {}
+
+        def __init__(self):
+            super().__init__()
+            self.unused = torch.nn.Parameter(torch.zeros(()))
+
+        def forward(self, x, t, label=None):
+            return 0 * x
+
+    prior = build_prior({}, [])
+    prior.backbone, prior.parameterization, prior.level = Zero(), "edm", -20.0
+    waves = draw(prior, [0, 0], 20000, steps=100)
+    assert waves.square().mean(-1).sqrt() == pytest.approx([0.1, 0.1], rel=0.05)
