@@ -307,6 +307,12 @@ class MixtureDataset(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return self.count
 
+    def fingerprint(self) -> str:
+        """Of the clips drawn from: other clips make other mixtures."""
+        pools: list[list[Item]] = [*self.speakers.values(), *self.classes.values()]
+        names = "\n".join(f"{item.label} {item.id}" for pool in pools for item in pool)
+        return hashlib.sha256(names.encode()).hexdigest()[:16]
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not 0 <= index < self.count:
             raise IndexError(index)

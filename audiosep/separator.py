@@ -24,9 +24,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from audiosep import __version__, audio, hub
+from audiosep import __version__, audio, distributed, hub
 from audiosep.errors import AudiosepError, UsageError
 from audiosep.longform import Aligner, OverlapAdd, cosine, count_segments, cut, match
+from audiosep.losses import ReconstructionLoss
 from audiosep.mixing import project, residual
 from audiosep.prior import JointPrior, Prior
 from audiosep.samplers import PRESETS, SAMPLES, Noise, build
@@ -95,6 +96,7 @@ class Separator:
         preset: "default", "published" or "paper", see `audiosep.samplers`.
         sampler: "hybrid", "dsg", "dps", "analytical", "mmps"; None is the preset's own.
         steps: of the sampler, per sample; None is the preset's own number.
+        sampling: more arguments of the sampler's class, such as {"t_init": 174, "floor": 0.001, "loss": {"stft": 0.0}}.
         segment: seconds separated at a time; None is 4.
         overlap: fraction of a segment shared with the next, 0..0.5.
         samples: posterior samples; above one the stems are their mean; None is the preset's own number.
@@ -112,6 +114,7 @@ class Separator:
         preset: str = "default",
         sampler: str | None = None,
         steps: int | None = None,
+        sampling: Mapping[str, Any] | None = None,
         segment: float | None = None,
         overlap: float = 0.25,
         samples: int | None = None,
@@ -140,6 +143,7 @@ class Separator:
             prior.checkpoint_activations(checkpointing)
         self.sample_rate = next(iter(rates.values()))
         self.preset, self.sampler, self.steps = preset, sampler, steps
+        self.sampling = dict(sampling or {})
         self.segment, self.overlap = segment or SEGMENT, overlap
         self.seed, self.consistent = seed, consistent
         self.batch = batch or (1 if self.device.type == "cpu" else 16)
@@ -339,7 +343,15 @@ class Separator:
 
     def _sampler(self, sources: Sequence[Source]) -> Any:
         joint = JointPrior([(self.priors[source.prior], source.label) for source in sources])
-        return build(joint, self.sampler, self.preset, self.steps)
+        options = dict(self.sampling)
+        if isinstance(options.get("loss"), Mapping):
+            options["loss"] = ReconstructionLoss(**options["loss"])
+        try:
+            return build(joint, self.sampler, self.preset, self.steps, **options)
+        except UsageError:
+            raise
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"sampling {self.sampling}: {error}") from error
 
 
 @dataclass
@@ -615,6 +627,7 @@ class Job:
                 "preset": separator.preset,
                 "steps": self.steps,
                 "samples": separator.samples,
+                "sampling": separator.sampling,
                 "seed": separator.seed,
             },
             "device": str(separator.device),
@@ -664,8 +677,8 @@ def mix_seed(*numbers: int) -> int:
 def choose_device(name: str | torch.device) -> torch.device:
     """The device for "auto", "cpu", "cuda", "cuda:1", "mps"; refused when this machine has none."""
     if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
+        if torch.cuda.is_available():  # one GPU for each of several processes
+            return torch.device(f"cuda:{distributed.local_rank()}" if distributed.world_size() > 1 else "cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)

@@ -32,6 +32,7 @@ LAYERS = {
     "hub": 3,
     "separator": 4,
     "batch": 5,
+    "results": 4,
     "evaluate": 5,
     "doctor": 5,
     "multiview": 5,
