@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import rich.box
 from rich.table import Table
 from torch import Tensor
 
@@ -46,13 +47,26 @@ COLUMNS = {
     "success_permuted": ("of successes", "{:.2f}"),
     "failure_rate_permuted": ("fails", "{:.1%}"),
     "sdr": ("SDR", "{:.2f}"),
-    "pesq": ("PESQ wb", "{:.2f}"),
+    "pesq": ("PESQ", "{:.2f}"),
     "estoi": ("ESTOI", "{:.3f}"),
-    "evaluations": ("evaluations", "{:.0f}"),
+    "evaluations": ("evals", "{:.0f}"),
     "seconds": ("s", "{:.2f}"),
     "real_time_factor": ("RTF", "{:.2f}"),
     "memory_gib": ("GiB", "{:.2f}"),
 }
+
+# What fits into 100 characters.
+TERMINAL = (
+    "task",
+    "separator",
+    "count",
+    "si_sdr",
+    "si_sdr_permuted",
+    "failure_rate_permuted",
+    "pesq",
+    "evaluations",
+    "seconds",
+)
 
 
 @dataclass(frozen=True)
@@ -150,11 +164,11 @@ def _statistics(values: np.ndarray) -> dict[str, Any] | None:
 
 
 def table(summaries: Sequence[Summary], published: Mapping[str, Any] | None = None) -> Table:
-    """A table for the terminal, one row per summary."""
-    header, *rows = _cells(summaries, published or {})
-    shown = Table()
+    """A table for the terminal, one row per summary; the files hold more columns."""
+    header, *rows = _cells(summaries, published or {}, TERMINAL)
+    shown = Table(box=rich.box.SIMPLE, padding=(0, 1, 0, 0))
     for name in header:
-        shown.add_column(name, justify="left" if name in ("task", "separator") else "right", no_wrap=name == "task")
+        shown.add_column(name, justify="left" if name in ("task", "separator") else "right", overflow="fold")
     for row in rows:
         shown.add_row(*row)
     return shown
@@ -209,9 +223,11 @@ def _flat_row(summary: Summary) -> dict[str, Any]:
     return flat
 
 
-def _cells(summaries: Sequence[Summary], published: Mapping[str, Any]) -> list[list[str]]:
+def _cells(
+    summaries: Sequence[Summary], published: Mapping[str, Any], columns: Sequence[str] = tuple(COLUMNS)
+) -> list[list[str]]:
     flat = _flat(summaries, published)
-    shown = [key for key in COLUMNS if any(row.get(key) is not None for row in flat)]
+    shown = [key for key in columns if any(row.get(key) is not None for row in flat)]
     lines = [[COLUMNS[key][0] for key in shown]]
     for row in flat:
         lines.append(["-" if row.get(key) is None else COLUMNS[key][1].format(row[key]) for key in shown])
