@@ -332,6 +332,55 @@ def evaluate(
             shown.result(os.fspath(out / "report.html"))
 
 
+@app.command()
+def diagnose(
+    mixture: Annotated[Path, typer.Argument(help="A recording whose sources are known.", show_default=False)],
+    references: Annotated[
+        list[Path],
+        typer.Option(
+            "--references", help="A source's recording, in the order of -s; once for each.", show_default=False
+        ),
+    ],
+    sources: Annotated[
+        str | None,
+        typer.Option("-s", "--sources", help="What the references are, as in separate.  [default: one of each prior]"),
+    ] = None,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for report.html and diagnosis.json.")] = Path(
+        "diagnosis"
+    ),
+    model: Models = DEFAULT_MODELS,
+    sampler: Annotated[
+        list[Sampler] | None,
+        typer.Option(help="A sampler that takes gradients; may be repeated.  [default: dps, dsg, hybrid]"),
+    ] = None,
+    preset: PresetOption = Preset.published,
+    steps: Steps = None,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Of the recording, from its start.")] = 4.0,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same noise.")] = 0,
+    device: Device = "auto",
+    verbose: Verbose = False,
+) -> None:
+    """Draw how guidance works on a mixture: its strength, its conflict with the priors, each source's SI-SDR."""
+    from audiosep.progress import display
+
+    shown = display("auto")
+    with _errors(verbose, shown), _logging(shown, verbose=verbose):
+        from audiosep import diagnose as module
+        from audiosep.separator import Separator
+
+        samplers = [name.value for name in sampler] if sampler else list(module.SAMPLERS)
+        separators = {
+            name: Separator.from_pretrained(
+                _split(model), device=device, preset=preset.value, sampler=name, steps=steps, seed=seed
+            )
+            for name in samplers
+        }
+        with shown:
+            progress = shown.file(mixture.name)
+            names = _split(sources) if sources is not None else None
+            shown.result(os.fspath(module.run(separators, mixture, references, out, names, seconds, progress)))
+
+
 @app.command("train")
 def train_command(
     recipe: Annotated[Path, typer.Argument(help="What to train and how: a TOML file, see recipes/.")],

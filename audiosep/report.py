@@ -9,11 +9,13 @@ from __future__ import annotations
 import base64
 import html
 import io
+import json
+import math
 import os
 import struct
 import tempfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,12 +67,12 @@ class Plot:
     """
 
     title: str
-    curves: dict[str, NDArray[np.floating[Any]]]
+    curves: Mapping[str, NDArray[np.floating[Any]]]
     x_label: str
     x_end: float
     bands: dict[str, tuple[NDArray[np.floating[Any]], NDArray[np.floating[Any]]]] = field(default_factory=dict)
     x_start: float = 0.0
-    points: dict[str, NDArray[np.floating[Any]]] = field(default_factory=dict)
+    points: Mapping[str, NDArray[np.floating[Any]]] = field(default_factory=dict)
 
 
 def write_page(
@@ -98,7 +100,7 @@ def write_page(
         style=_STYLE,
         script=_SCRIPT,
     )
-    _write(Path(path), page)
+    write_text(Path(path), page)
 
 
 def mel_picture(wave: NDArray[np.floating[Any]], sample_rate: int) -> NDArray[np.floating[Any]]:
@@ -260,13 +262,19 @@ def _printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def _write(path: Path, text: str) -> None:
-    """Write under a temporary name, then rename."""
+def write_text(path: Path, text: str) -> None:
+    """Write a file under a temporary name, then rename it; AudioError when that can't be done."""
     partial = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=path.parent, prefix=".", suffix=".partial.html", delete=False
+            "w",
+            encoding="utf-8",
+            errors="backslashreplace",
+            dir=path.parent,
+            prefix=".",
+            suffix=".partial",
+            delete=False,
         ) as file:
             partial = Path(file.name)
             file.write(text)
@@ -277,6 +285,26 @@ def _write(path: Path, text: str) -> None:
     finally:
         if partial is not None:
             partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write plain data as JSON, under a temporary name first; what is no number becomes null."""
+    write_text(path, json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    """The value in JSON's types."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return str(value)
 
 
 _PAGE = """<!doctype html>

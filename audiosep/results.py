@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -259,9 +257,9 @@ def write(
     examples: Sequence[Example] = (),
 ) -> None:
     """Write `summary.json`, `.md`, `.csv` and `report.html` into a folder; `rows` by (separator, task)."""
-    _write(folder / "summary.json", json.dumps({"summaries": summaries, "published": published}, indent=1) + "\n")
-    _write(folder / "summary.md", markdown(summaries, published) + "\n")
-    _write(folder / "summary.csv", csv_text(summaries, published))
+    report.write_json(folder / "summary.json", {"summaries": summaries, "published": published})
+    report.write_text(folder / "summary.md", markdown(summaries, published) + "\n")
+    report.write_text(folder / "summary.csv", csv_text(summaries, published))
     tables = [_cells(summaries, published), _differences(summaries)]
     tracks: list[report.Track] = []
     for example in examples:
@@ -308,15 +306,3 @@ def _plots(summaries: Sequence[Summary], rows: Mapping[tuple[str, str], Sequence
             title = f"{task}: SI-SDR in dB (best order) against network evaluations"
             plots.append(report.Plot(title, {}, "log10(evaluations)", end, x_start=start, points=points))
     return plots
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise UsageError(f"{path}: can't be written: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)

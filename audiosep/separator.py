@@ -30,7 +30,7 @@ from audiosep.longform import Aligner, OverlapAdd, cosine, count_segments, cut, 
 from audiosep.losses import ReconstructionLoss
 from audiosep.mixing import project, residual
 from audiosep.prior import JointPrior, Prior
-from audiosep.samplers import PRESETS, SAMPLES, Noise, build
+from audiosep.samplers import PRESETS, SAMPLES, Noise, Sampler, build
 
 log = logging.getLogger(__name__)
 
@@ -148,7 +148,7 @@ class Separator:
         self.seed, self.consistent = seed, consistent
         self.batch = batch or (1 if self.device.type == "cpu" else 16)
         self.dtype = choose_dtype(dtype, self.device)
-        self._sampler(self.resolve(None))  # wrong options are refused here, not after minutes of work
+        self.sampler_for(self.resolve(None))  # wrong options are refused here, not after minutes of work
         self.samples = samples or SAMPLES[preset]
         self.rank = (samples or 1) > 1  # the likeliest sample is wanted, too
 
@@ -341,7 +341,14 @@ class Separator:
         report["clipped_samples"] = {name: writer.clipped for name, writer in writers.items()}
         return report
 
-    def _sampler(self, sources: Sequence[Source]) -> Any:
+    def gain(self, y: Tensor, sources: Sequence[Source]) -> Tensor:
+        """What brings mixtures y (B, N) to the level that a sum of such training signals has, (B, 1)."""
+        level = np.mean([self.priors[source.prior].sigma_data for source in sources])
+        rms = y.square().mean(-1, keepdim=True).sqrt()
+        return float(level) * len(sources) ** 0.5 / rms.clamp(min=SILENCE)
+
+    def sampler_for(self, sources: Sequence[Source]) -> Sampler:
+        """The sampler of these sources, with the settings asked for."""
         joint = JointPrior([(self.priors[source.prior], source.label) for source in sources])
         options = dict(self.sampling)
         if isinstance(options.get("loss"), Mapping):
@@ -383,7 +390,7 @@ class Job:
             )
         self.separator, self.sources = separator, sources
         self.names = [source.name for source in sources]
-        self.sampler = separator._sampler(sources)
+        self.sampler = separator.sampler_for(sources)
         self.sample_rate, self.share = sample_rate, share and separator.consistent
         self.batch = separator.batch
         # Segments start on a grid that both sample rates share.
@@ -487,10 +494,8 @@ class Job:
         separator = self.separator
         count, channels, length = y.shape
         rows = y.flatten(0, 1).to(separator.device)  # (S * C, N)
-        level = np.mean([10 ** (separator.priors[s.prior].level / 20) for s in self.sources])
-        rms = rows.square().mean(-1, keepdim=True).sqrt()
-        gain = level * len(self.sources) ** 0.5 / rms.clamp(min=SILENCE)
-        silent = rms < SILENCE
+        gain = separator.gain(rows, self.sources)
+        silent = rows.square().mean(-1, keepdim=True).sqrt() < SILENCE
         drawn, scores = [], []
         for sample in range(separator.samples):
             # The channels of a segment share their noise, so that identical channels give identical stems.

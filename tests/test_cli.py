@@ -17,7 +17,7 @@ import pytest
 import soundfile as sf
 
 import audiosep
-from audiosep import audio, batch, doctor, progress
+from audiosep import audio, doctor, progress, report
 from audiosep.cli import main
 from audiosep.errors import ModelError, UsageError
 
@@ -465,6 +465,6 @@ def test_doctor_knows_what_pyproject_asks_for():
 
 def test_reports_are_plain_json(tmp_path):
     value = {"a": np.float32(1.5), "b": [np.nan, float("inf")], "c": (np.arange(2), Path("x"))}
-    batch.write_json(tmp_path / "r.json", value)
+    report.write_json(tmp_path / "r.json", value)
     written = json.loads((tmp_path / "r.json").read_text())
     assert written == {"a": 1.5, "b": [None, None], "c": [[0, 1], "x"]}

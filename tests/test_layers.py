@@ -34,6 +34,7 @@ LAYERS = {
     "batch": 5,
     "results": 4,
     "evaluate": 5,
+    "diagnose": 5,
     "doctor": 5,
     "multiview": 5,
     "multiview_baselines": 5,
