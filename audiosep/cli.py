@@ -200,9 +200,9 @@ def separate(
             _refuse_both(report, "--report", True, "-o -")
         stack.enter_context(_logging(shown, verbose=verbose, quiet=quiet))
 
-        from audiosep.separator import Separator
+        from audiosep.direct import load
 
-        separator: Any = Separator.from_pretrained(
+        separator: Any = load(
             _split(model),
             device=device,
             dtype=dtype.value,
