@@ -25,12 +25,14 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from audiosep import __version__
+from audiosep.backbones.diffwave import DiffWave
 from audiosep.backbones.triple_path_unet import TriplePathUNet
 from audiosep.errors import ModelError
 from audiosep.prior import Prior
 from audiosep.schedules import Schedule, ve, vp_linear
 from audiosep.supervised.conv_tasnet import ConvTasNet
 from audiosep.supervised.expert import Expert
+from audiosep.supervised.tf_locoformer import TFLocoformer
 
 __all__ = [
     "BACKBONES",
@@ -50,9 +52,9 @@ __all__ = [
 ]
 
 # A new backbone, schedule or supervised network is one line here.
-BACKBONES: dict[str, Callable[..., nn.Module]] = {"triple_path_unet": TriplePathUNet}
+BACKBONES: dict[str, Callable[..., nn.Module]] = {"triple_path_unet": TriplePathUNet, "diffwave": DiffWave}
 SCHEDULES: dict[str, Callable[..., Schedule]] = {"vp_linear": vp_linear, "ve": ve}
-NETWORKS: dict[str, Callable[..., nn.Module]] = {"conv_tasnet": ConvTasNet}
+NETWORKS: dict[str, Callable[..., nn.Module]] = {"conv_tasnet": ConvTasNet, "tf_locoformer": TFLocoformer}
 
 MODELS: dict[str, Callable[..., nn.Module]] = {"expert": Expert}
 

@@ -22,7 +22,7 @@ TINY = {"kernel": 32, "filters": 32, "bottleneck": 8, "hidden": 8, "layers": 1, 
 class Bands:
     """Sources below and above a frequency, in an order that changes from call to call where they are alike."""
 
-    sample_rate, evaluations, origin = RATE, 1, {}  # noqa: RUF012
+    sample_rate, evaluations, origin = RATE, 1, {}
 
     def __init__(self, kinds=("sound", "sound"), edge=2000):
         self.kinds, self.edge, self.calls = list(kinds), edge, 0

@@ -97,9 +97,11 @@ def si_sdr_table(estimates: Tensor, references: Tensor) -> Tensor:
     length = estimates.shape[-1]
     estimates = estimates - estimates.mean(-1, keepdim=True)
     references = references - references.mean(-1, keepdim=True)
+    with torch.autocast(estimates.device.type, enabled=False):  # which would take the products in half precision
+        products = estimates @ references.transpose(1, 2)
     own = estimates.square().sum(-1)[:, :, None]
     power = references.square().sum(-1)[:, None]
-    target = (estimates @ references.transpose(1, 2)).square() / (power + length * torch.finfo(power.dtype).tiny)
+    target = products.square() / (power + length * torch.finfo(power.dtype).tiny)
     floor = EPS * (own + length * torch.finfo(own.dtype).tiny)
     return 10 * torch.log10((target + floor) / ((own - target).clamp(min=0) + floor))
 
