@@ -200,9 +200,9 @@ def separate(
             _refuse_both(report, "--report", True, "-o -")
         stack.enter_context(_logging(shown, verbose=verbose, quiet=quiet))
 
-        from audiosep.separator import Separator
+        from audiosep.direct import load
 
-        separator: Any = Separator.from_pretrained(
+        separator: Any = load(
             _split(model),
             device=device,
             dtype=dtype.value,
@@ -379,6 +379,49 @@ def diagnose(
             progress = shown.file(mixture.name)
             names = _split(sources) if sources is not None else None
             shown.result(os.fspath(module.run(separators, mixture, references, out, names, seconds, progress)))
+
+
+@app.command()
+def mix(
+    manifest: Annotated[Path, typer.Argument(help="The recordings to mix, as a recipe's prepare.py lists them.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for mixtures/, references/ and mixtures.jsonl.")],
+    task: Annotated[
+        str, typer.Option(help="What each mixture holds, as in 1speech+1sound or 3sound.")
+    ] = "1speech+1sound",
+    count: Annotated[int, typer.Option(min=1, help="Mixtures to make.")] = 400,
+    seed: Annotated[int, typer.Option(min=0, help="Chooses clips, offsets and levels.")] = 17,
+    length: Annotated[float, typer.Option(min=0.5, help="Seconds of a mixture.")] = 4.0,
+    sample_rate: Annotated[int, typer.Option(min=1000, help="In Hz.")] = 16000,
+    split: Annotated[str, typer.Option(help="Which rows of the manifest.")] = "test",
+    model: Annotated[
+        str | None, typer.Option("-n", "--model", help="Keep to classes of sound that these checkpoints know.")
+    ] = None,
+    verbose: Verbose = False,
+) -> None:
+    """Mix recordings of a corpus, to score separators on: the same mixtures on every machine.
+
+    Distinct speakers and classes that overlap, each at -25 to -20 dBFS. Prints the folder's list of what was drawn.
+    """
+    from audiosep.progress import display
+
+    shown = display("auto")
+    with _errors(verbose, shown), _logging(shown, verbose=verbose):
+        from audiosep import mixtures
+
+        with shown:
+            path = mixtures.write(
+                manifest,
+                out,
+                task=task,
+                count=count,
+                seed=seed,
+                segment=length,
+                sample_rate=sample_rate,
+                split=split,
+                classes=mixtures.known_classes(_split(model)) if model else None,
+                progress=shown.file(task),
+            )
+        shown.result(os.fspath(path))
 
 
 @app.command("train")

@@ -268,8 +268,9 @@ class MixtureDataset(Dataset[dict[str, Any]]):
     is uniform in `level` (dBFS), and the mixture is their sum.
 
     Item i, the same on every machine: `mixture` (T,), `sources` (K, T), `names` (what to ask a
-    separator for: "speech" or the class), `labels` (speaker or class), `ids` (the clips' paths);
-    speech first. `classes` keeps to sounds of these classes (names compared without case).
+    separator for: "speech" or the class), `labels` (speaker or class), `ids` (the clips' paths),
+    `starts` and `lengths` (samples of the canvas that a clip takes), `gains` (its factor); speech
+    first. `classes` keeps to sounds of these classes (names compared without case).
     A clip that can't be decoded is an error: without it these would be other mixtures.
     """
 
@@ -326,10 +327,11 @@ class MixtureDataset(Dataset[dict[str, Any]]):
         waves = [wave for _, wave in drawn]
         sizes = [wave.size for wave in waves]
         starts = _overlapping(rng, sizes, length) if self.n_sound else [0] * len(waves)
-        sources = np.zeros((len(waves), length))
+        sources, gains = np.zeros((len(waves), length)), []
         for row, start, wave in zip(sources, starts, waves):
             row[start : start + wave.size] = wave
-            row *= _gain(row, _uniform(rng, *self.level))
+            gains.append(_gain(row, _uniform(rng, *self.level)))
+            row *= gains[-1]
         stems = torch.from_numpy(sources.astype(np.float32))
         items = [item for item, _ in drawn]
         return {
@@ -338,6 +340,9 @@ class MixtureDataset(Dataset[dict[str, Any]]):
             "names": ["speech" if item.kind == "speech" else item.label for item in items],
             "labels": [item.label for item in items],
             "ids": [item.id for item in items],
+            "starts": starts,
+            "lengths": sizes,
+            "gains": gains,
         }
 
     def _draw(self, rng: np.random.Generator, clips: list[Item], length: int) -> tuple[Item, NDArray[np.float64]]:

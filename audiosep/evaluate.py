@@ -38,10 +38,11 @@ from torch import Tensor
 
 from audiosep import distributed, metrics, results
 from audiosep.data import MixtureDataset, parse_task, read_manifest
+from audiosep.direct import load
 from audiosep.errors import AudiosepError, UsageError
 from audiosep.mixing import best_permutation
 from audiosep.recipe import build, check_tables
-from audiosep.separator import Separates, Separation, Separator
+from audiosep.separator import Separates, Separation
 
 __all__ = ["MAKERS", "Plan", "Unprocessed", "run", "score"]
 
@@ -110,7 +111,7 @@ class Unprocessed:
         return Separation(stems, sample_rate, wave - wave, {})
 
 
-def _diffusion(
+def _checkpoints(
     models: str | Sequence[str] = "speech,sound",
     preset: str = "default",
     sampler: str | None = None,
@@ -119,19 +120,20 @@ def _diffusion(
     sampling: Mapping[str, Any] | None = None,
     segment: float | None = None,
     overlap: float = 0.25,
-    seed: int = 0,
+    seed: int | None = None,
     consistent: bool = True,
     batch: int | None = None,
-    checkpointing: bool = False,
+    checkpointing: bool | None = None,
     dtype: str = "auto",
     device: str = "auto",
 ) -> Separates:
-    options = {key: value for key, value in locals().items() if key != "models"}
-    return Separator.from_pretrained(models, **options)
+    """What `direct.load` makes of checkpoints: priors with a sampler, or a network that separates by itself."""
+    options = {key: value for key, value in locals().items() if key != "models" and value is not None}
+    return load(models, **options)
 
 
 # `type` in a recipe's [separators.NAME] -> what makes it.
-MAKERS: dict[str, Callable[..., Separates]] = {"diffusion": _diffusion, "unprocessed": Unprocessed}
+MAKERS: dict[str, Callable[..., Separates]] = {"checkpoints": _checkpoints, "unprocessed": Unprocessed}
 
 
 @dataclass
@@ -268,7 +270,7 @@ def _make(name: str, table: Any) -> tuple[Separates, dict[str, Any]]:
     if not isinstance(table, Mapping):
         raise UsageError(f"[separators.{name}] is a table, got {table!r}")
     options = dict(table)
-    kind = options.pop("type", "diffusion")
+    kind = options.pop("type", "checkpoints")
     if kind not in MAKERS:
         raise UsageError(f"separators.{name}.type is one of {', '.join(MAKERS)}, got {kind!r}")
     arguments = {key: value for key, value in options.items() if key not in ("count", "tasks")}

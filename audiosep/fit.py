@@ -1,9 +1,12 @@
-"""Train a prior from a recipe: what `audiosep.train` doesn't know, put together from its tables.
+"""Train a prior or a supervised network from a recipe: what `audiosep.train` doesn't know.
 
 A recipe's tables are keyword arguments: [prior] of `Prior`, [backbone] and [schedule] of what their `name` says in
 `hub`, [data] of `read_manifest` and `SourceDataset`, [train] of `train.Options`, [probe] of `Probe`, [card] of the
 model card. A run of `fit(tables, "my-prior")` leaves the checkpoint in `my-prior`, and its log, its state, samples to
 listen to and TensorBoard's files in `my-prior.run`.
+
+A recipe of a supervised network has [expert] of `Expert` and [network] of what its `name` says in `hub` in place of
+the prior's tables; its [data] is of `read_manifest` and `MixtureDataset`, its [probe] of `ExpertProbe`.
 """
 
 from __future__ import annotations
@@ -19,16 +22,18 @@ import torch
 from torch import Tensor
 
 from audiosep import distributed, hub, report, train
-from audiosep.data import KINDS, Item, MixtureDataset, SourceDataset, class_names, read_manifest
+from audiosep.data import KINDS, Item, MixtureDataset, SourceDataset, class_names, parse_task, read_manifest
 from audiosep.errors import UsageError
 from audiosep.evaluate import score
 from audiosep.prior import Prior
 from audiosep.recipe import build, check_tables
 from audiosep.separator import Separator
+from audiosep.supervised.expert import Expert
 
-__all__ = ["Probe", "build_prior", "draw", "fit", "run_folder"]
+__all__ = ["ExpertProbe", "Probe", "build_expert", "build_prior", "draw", "fit", "run_folder"]
 
 TABLES = ("prior", "backbone", "schedule", "data", "train", "probe", "card")
+EXPERT_TABLES = ("expert", "network", "data", "train", "probe", "card")
 MANIFEST = ("manifest", "root", "kind", "least")  # keys of [data] that are not SourceDataset's
 FOREVER = 2**40  # windows of a run whose budget is time
 
@@ -44,15 +49,20 @@ def fit(
     stop_minutes: float | None = None,
     progress: train.Progress | None = None,
 ) -> dict[str, Any]:
-    """Train the prior of a recipe and write its checkpoint to `out`; arguments and result as of `train.train`.
+    """Train what a recipe describes and write its checkpoint to `out`; arguments and result as of `train.train`.
 
     Raises:
         UsageError: a key of the recipe that nothing takes, or a value that doesn't fit.
     """
-    check_tables(tables, TABLES)
     out = Path(out)
     if out.exists() and not (out / hub.CONFIG).exists() and any(out.iterdir()):
         raise UsageError(f"{out} is there and not a checkpoint; choose another -o")
+    how = {"resume": resume, "device": device, "stop_minutes": stop_minutes, "progress": progress}
+    return _fit_expert(tables, out, **how) if "expert" in tables else _fit_prior(tables, out, **how)
+
+
+def _fit_prior(tables: Mapping[str, Any], out: Path, **how: Any) -> dict[str, Any]:
+    check_tables(tables, TABLES)
     options = build(train.Options, tables.get("train", {}), "train")
     data = _Data(tables)
     classes = data.classes()
@@ -65,7 +75,7 @@ def fit(
     def save(average: torch.nn.Module, facts: dict[str, Any]) -> None:
         assert isinstance(average, Prior)
         rows = train.read_log(run_folder(out))
-        facts = {**_facts(options, windows, facts), "device": _device_name(next(average.parameters()).device)}
+        facts = _facts(options, windows.segment, facts, average)
         if windows.failed:
             facts["recordings left out, as they can't be decoded"] = len(windows.failed)
         hub.save_prior(average, out, {**data.card(), **card, "metrics": probe.metrics(rows), "training": facts})
@@ -79,10 +89,35 @@ def fit(
         probe=probe,
         level=lambda batch: prior.steps_of(batch["index"]) / (len(prior.schedule) - 1),
         about={"prior": json.loads(json.dumps(prior.config)), "recordings": data.fingerprint()},
-        resume=resume,
-        device=device,
-        stop_minutes=stop_minutes,
-        progress=progress,
+        **how,
+    )
+
+
+def _fit_expert(tables: Mapping[str, Any], out: Path, **how: Any) -> dict[str, Any]:
+    check_tables(tables, EXPERT_TABLES)
+    options = build(train.Options, tables.get("train", {}), "train")
+    torch.manual_seed(options.seed)
+    expert = build_expert(tables)
+    data = _Data(tables, kind=None)
+    count = (options.max_steps or FOREVER) * options.batch_size
+    mixtures = data.mixtures(data.train, expert, count, options.seed)
+    probe = build(ExpertProbe, tables.get("probe", {}), "probe", data=data, expert=expert)
+    card = build(_card, tables.get("card", {}), "card")
+
+    def save(average: torch.nn.Module, facts: dict[str, Any]) -> None:
+        rows = probe.metrics(train.read_log(run_folder(out)))
+        facts = _facts(options, mixtures.segment, facts, average)
+        hub.save_model(average, out, {**data.card(), **card, "metrics": rows, "training": facts})
+
+    return train.train(
+        expert,
+        mixtures,
+        run_folder(out),
+        options,
+        save=save,
+        probe=probe,
+        about={"expert": json.loads(json.dumps(expert.config)), "recordings": data.fingerprint()},
+        **how,
     )
 
 
@@ -104,6 +139,16 @@ def build_prior(tables: Mapping[str, Any], classes: Sequence[str]) -> Prior:
     if start is not None:
         _start(prior, hub.load_prior(start), start)
     return prior
+
+
+def build_expert(tables: Mapping[str, Any]) -> Expert:
+    """The untrained supervised network of a recipe; its number of outputs follows from the task."""
+    table = dict(tables.get("expert", {}))
+    if "task" not in table:
+        raise UsageError("expert.task is missing: what the mixtures hold, as in 1speech+1sound")
+    n_sources = sum(parse_task(table["task"]))
+    network = _named(hub.NETWORKS, tables, "network", "conv_tasnet", n_sources=n_sources)
+    return build(Expert, table, "expert", network=network)
 
 
 def _start(prior: Prior, other: Prior, name: str) -> None:
@@ -131,15 +176,16 @@ def _named(makers: Mapping[str, Any], tables: Mapping[str, Any], table: str, def
 
 
 class _Data:
-    """The recordings that a recipe's [data] names."""
+    """The recordings that a recipe's [data] names: of one kind for a prior, of all for a supervised network."""
 
-    def __init__(self, tables: Mapping[str, Any]) -> None:
+    def __init__(self, tables: Mapping[str, Any], kind: str | None = "sound") -> None:
         self.table = dict(tables.get("data", {}))
-        self.own = {key: self.table.pop(key) for key in MANIFEST if key in self.table}
+        own = MANIFEST if kind else MANIFEST[:-1]
+        self.own = {key: self.table.pop(key) for key in own if key in self.table}
         if "manifest" not in self.own:
             raise UsageError("data.manifest is missing: the file that a recipe's prepare.py writes")
-        kind = tables.get("prior", {}).get("kind", "sound")
-        self.kind = self.own.get("kind", kind if kind in KINDS else "sound")
+        named = tables.get("prior", {}).get("kind")
+        self.kind = self.own.get("kind", named if named in KINDS else kind)
         self.train = self.items("train")
         try:
             self.valid = self.items("valid")
@@ -163,6 +209,18 @@ class _Data:
             seed=seed,
             sample_rate=prior.sample_rate,
             classes=prior.classes,
+        )
+
+    def mixtures(self, items: Sequence[Item], expert: Expert, count: int, seed: int) -> MixtureDataset:
+        return build(
+            MixtureDataset,
+            self.table,
+            "data",
+            items=items,
+            task=expert.task,
+            count=count,
+            seed=seed,
+            sample_rate=expert.sample_rate,
         )
 
     def fingerprint(self) -> str:
@@ -206,6 +264,7 @@ class Probe:
     ) -> None:
         self.folder, self.samples, self.steps, self.batch = folder / "samples", samples, steps, batch
         self.segment = float(data.table.get("segment", 4.0))
+        assert data.kind is not None
         self.kind = data.kind
         self.partner: Prior | None = None
         top = len(prior.schedule) - 1
@@ -318,6 +377,52 @@ class Probe:
         return name if name == "speech" or name.casefold() in self.known else "sound"
 
 
+class ExpertProbe:
+    """Where a supervised run is going: SI-SDR on held-out mixtures.
+
+    Args:
+        mixtures: held-out mixtures; 0 for none.
+        batch: mixtures in one forward pass.
+    """
+
+    def __init__(self, data: _Data, expert: Expert, mixtures: int = 32, batch: int = 4) -> None:
+        self.batch, self.task = batch, expert.task
+        self.mixtures: MixtureDataset | None = None
+        if data.valid and mixtures:
+            try:
+                self.mixtures = data.mixtures(data.valid, expert, mixtures, 0)
+            except UsageError as error:
+                log.warning("no held-out scores: %s", error)
+
+    @torch.no_grad()
+    def __call__(self, average: torch.nn.Module, step: int, board: Any) -> dict[str, float]:
+        assert isinstance(average, Expert)
+        if self.mixtures is None:
+            return {}
+        device = next(average.parameters()).device
+        total = torch.zeros(2)
+        for first in range(0, len(self.mixtures), self.batch):
+            rows = [self.mixtures[i] for i in range(first, min(first + self.batch, len(self.mixtures)))]
+            mixture = torch.stack([row["mixture"] for row in rows]).to(device)
+            sources = torch.stack([row["sources"] for row in rows]).to(device)
+            scores = average.scores(average(mixture).float(), sources)
+            before = average.scores(mixture[:, None].expand_as(sources), sources)
+            total += torch.stack((scores.mean(1), (scores - before).mean(1))).sum(1).cpu()
+        score, gain = (total / len(self.mixtures)).tolist()
+        return {"si_sdr": score, "si_sdri": gain}
+
+    def metrics(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Rows of the model card from the last probe in the log."""
+        probed = [row for row in rows if "probe/si_sdr" in row]
+        if not probed or self.mixtures is None:
+            return []
+        what = f"{self.task}, {len(self.mixtures)} held-out mixtures, dB"
+        return [
+            {"metric": f"{name}, {what}", "value": probed[-1][f"probe/{key}"]}
+            for name, key in (("SI-SDR", "si_sdr"), ("SI-SDRi", "si_sdri"))
+        ]
+
+
 @torch.no_grad()
 def draw(prior: Prior, labels: Sequence[int], length: int, steps: int = 50, seed: int = 0) -> Tensor:
     """Sounds (B, length) of the prior itself, one per label, by the probability-flow equation in `steps` Euler steps.
@@ -354,14 +459,17 @@ def _card(
     return {key: value for key, value in locals().items() if value is not None}
 
 
-def _facts(options: train.Options, windows: SourceDataset, facts: Mapping[str, Any]) -> dict[str, Any]:
+def _facts(
+    options: train.Options, segment: float, facts: Mapping[str, Any], trained: torch.nn.Module
+) -> dict[str, Any]:
     """The card's section on training."""
-    seen = facts["step"] * options.batch_size * windows.segment / 3600
+    seen = facts["step"] * options.batch_size * segment / 3600
     return {
         "steps": facts["step"],
-        "windows per step": f"{options.batch_size} of {windows.segment:g} s ({seen:.1f} h in all)",
+        "windows per step": f"{options.batch_size} of {segment:g} s ({seen:.1f} h in all)",
         "optimiser": f"AdamW, learning rate {options.learning_rate:g}, {options.decay}",
         "average of the weights": f"exponential, {options.ema:g} a step",
         "precision": options.precision,
         "minutes": facts["seconds"] / 60,
+        "device": _device_name(next(trained.parameters()).device),
     }

@@ -88,6 +88,18 @@ class Source:
     label: int | None
 
 
+def numbered(sources: Sequence[Source]) -> list[Source]:
+    """The sources with names of their own: two of "speech" become speech_1 and speech_2."""
+    names = [source.name for source in sources]
+    counts = dict.fromkeys(names, 0)
+    found = []
+    for source in sources:
+        counts[source.name] += 1
+        suffix = f"_{counts[source.name]}" if names.count(source.name) > 1 else ""
+        found.append(Source(source.name + suffix, source.prior, source.label))
+    return found
+
+
 class Separator:
     """Separation by posterior sampling under pretrained source priors.
 
@@ -187,15 +199,7 @@ class Separator:
             return [Source(key.lower(), key, None) for key in self.priors]
         if not sources:
             raise UsageError("no source named; leave `sources` out for one per prior")
-        found = [self._find(name.strip()) for name in sources]
-        counts = {source.name: 0 for source in found}
-        totals = {name: sum(source.name == name for source in found) for name in counts}
-        numbered = []
-        for source in found:
-            counts[source.name] += 1
-            suffix = f"_{counts[source.name]}" if totals[source.name] > 1 else ""
-            numbered.append(Source(source.name + suffix, source.prior, source.label))
-        return numbered
+        return numbered([self._find(name.strip()) for name in sources])
 
     def _find(self, name: str) -> Source:
         wanted, _, narrowed = name.casefold().rpartition(":")[::-1]
@@ -254,7 +258,7 @@ class Separator:
             raise UsageError(f"sample_rate must be a whole number of Hz above 0, got {sample_rate}")
         sample_rate = int(sample_rate)
         wanted = self.resolve(sources)
-        job = Job(self, wanted, sample_rate, array.shape[-1], progress)
+        job = self._job(wanted, sample_rate, array.shape[-1], progress, True)
         pieces = list(job.run([np.atleast_2d(array)]))
 
         def back(stems: Tensor) -> Any:
@@ -310,7 +314,7 @@ class Separator:
         place = out if callable(out) else lambda stem: Path(out) / f"{stem}.{suffix}"
         with audio.open_reader(path) as reader, contextlib.ExitStack() as stack:
             info = reader.info
-            job = Job(self, wanted, info.sample_rate, info.frames, progress, share=not residual)
+            job = self._job(wanted, info.sample_rate, info.frames, progress, not residual)
             extra = [f"{name}_best" for name in job.names] if self.rank else []
             names = [*job.names, *extra, *(["residual"] if residual else [])]
             paths = {name: place(name) for name in names}
@@ -340,6 +344,11 @@ class Separator:
         report["files"] = {name: str(target) for name, target in paths.items()}
         report["clipped_samples"] = {name: writer.clipped for name, writer in writers.items()}
         return report
+
+    def _job(
+        self, sources: Sequence[Source], sample_rate: int, frames: int | None, progress: Progress | None, share: bool
+    ) -> Job:
+        return Job(self, sources, sample_rate, frames, progress, share)
 
     def gain(self, y: Tensor, sources: Sequence[Source]) -> Tensor:
         """What brings mixtures y (B, N) to the level that a sum of such training signals has, (B, 1)."""
@@ -381,7 +390,7 @@ class Job:
         sample_rate: int,
         frames: int | None,
         progress: Progress | None,
-        share: bool = True,
+        share: bool,
     ) -> None:
         if len(sources) == 1:
             raise UsageError(
@@ -390,14 +399,13 @@ class Job:
             )
         self.separator, self.sources = separator, sources
         self.names = [source.name for source in sources]
-        self.sampler = separator.sampler_for(sources)
         self.sample_rate, self.share = sample_rate, share and separator.consistent
         self.batch = separator.batch
         # Segments start on a grid that both sample rates share.
         unit = sample_rate // math.gcd(sample_rate, separator.sample_rate)
         self.segment = unit * max(1, round(separator.segment * sample_rate / unit))
         self.hop = max(unit, unit * round(self.segment / unit * (1 - separator.overlap)))
-        self.steps = len(self.sampler.times)
+        self.steps = self._prepare()
         self.progress, self.done = progress, 0
         segments = None if frames is None else count_segments(frames, self.segment, self.hop)
         self.total = None if segments is None else segments * self.steps * separator.samples
@@ -412,6 +420,11 @@ class Job:
         self.spread_energy = torch.zeros(len(sources), dtype=torch.float64)
         self.started = time.perf_counter()
         self.seconds = 0.0
+
+    def _prepare(self) -> int:
+        """Make what separates ready; how many steps it takes per sample."""
+        self.sampler = self.separator.sampler_for(self.sources)
+        return len(self.sampler.times)
 
     def run(self, blocks: Iterable[np.ndarray]) -> Iterator[Piece]:
         """Separate a stream of blocks (C, n)."""
@@ -593,8 +606,7 @@ class Job:
         for k, source in enumerate(self.sources):
             level = decibel(self.energy[k].item() / size)
             row: dict[str, Any] = {
-                "prior": source.prior,
-                "class": class_name(separator.priors[source.prior], source.label),
+                **self._about_source(source),
                 "level_dbfs": round(level, 2),
                 "active": level > mixture_level + INACTIVE and not silent,
             }
@@ -605,15 +617,10 @@ class Job:
         notes = []
         if self.sample_rate > separator.sample_rate:
             notes.append(
-                f"the priors know the band up to {separator.sample_rate / 2:g} Hz; what lies above was shared out "
+                f"the models know the band up to {separator.sample_rate / 2:g} Hz; what lies above was shared out "
                 "by the stems' power just below"
             )
-        reach = min(prior.schedule.ratio[-1].item() for prior in separator.priors.values())
-        if self.sampler.ratios[0] > 1.001 * reach:
-            notes.append(
-                f"the sampler starts at a noise level of {self.sampler.ratios[0]:.2f}, the priors were trained "
-                f"up to {reach:.2f}"
-            )
+        notes += self._doubts()
         if silent:
             notes.append("the input is silent, and so are the stems")
         return {
@@ -626,15 +633,7 @@ class Job:
                 "duration_s": round(duration, 4),
                 "level_dbfs": round(mixture_level, 2),
             },
-            "models": {name: {"name": name, **prior.origin} for name, prior in separator.priors.items()},
-            "sampler": {
-                "name": separator.sampler or PRESETS[separator.preset],
-                "preset": separator.preset,
-                "steps": self.steps,
-                "samples": separator.samples,
-                "sampling": separator.sampling,
-                "seed": separator.seed,
-            },
+            **self._about(),
             "device": str(separator.device),
             "dtype": str(separator.dtype).removeprefix("torch."),
             "segments": self.segments,
@@ -648,6 +647,33 @@ class Job:
             "sources": sources,
             "notes": notes,
         }
+
+    def _about(self) -> dict[str, Any]:
+        """The report's part on what separated."""
+        separator = self.separator
+        return {
+            "models": {name: {"name": name, **prior.origin} for name, prior in separator.priors.items()},
+            "sampler": {
+                "name": separator.sampler or PRESETS[separator.preset],
+                "preset": separator.preset,
+                "steps": self.steps,
+                "samples": separator.samples,
+                "sampling": separator.sampling,
+                "seed": separator.seed,
+            },
+        }
+
+    def _about_source(self, source: Source) -> dict[str, Any]:
+        prior = self.separator.priors[source.prior]
+        return {"prior": source.prior, "class": class_name(prior, source.label)}
+
+    def _doubts(self) -> list[str]:
+        """Notes on what a user should know of this run."""
+        reach = min(prior.schedule.ratio[-1].item() for prior in self.separator.priors.values())
+        if self.sampler.ratios[0] <= 1.001 * reach:
+            return []
+        start = self.sampler.ratios[0]
+        return [f"the sampler starts at a noise level of {start:.2f}, the priors were trained up to {reach:.2f}"]
 
 
 def as_array(wave: Any) -> np.ndarray:

@@ -68,7 +68,8 @@ class HalfSeparator:
 
 @pytest.fixture(autouse=True)
 def fake(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "audiosep.separator", types.SimpleNamespace(Separator=HalfSeparator))
+    fakes = types.SimpleNamespace(load=HalfSeparator.from_pretrained)
+    monkeypatch.setitem(sys.modules, "audiosep.direct", fakes)
     monkeypatch.chdir(tmp_path)
     HalfSeparator.calls.clear()
     tone("mix.wav")
@@ -321,7 +322,7 @@ class Slow(test_cli.HalfSeparator):
             print("started", file=sys.stderr, flush=True)
             time.sleep(0.1)
         return super().separate_file(path, out, sources, progress=slow, **options)
-sys.modules["audiosep.separator"] = types.SimpleNamespace(Separator=Slow)
+sys.modules["audiosep.direct"] = types.SimpleNamespace(load=Slow.from_pretrained)
 from audiosep.cli import main
 main(sys.argv[1:])
 """

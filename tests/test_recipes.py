@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import torch
 
 from audiosep import fit, recipe, train
 from audiosep.cli import main
-from audiosep.data import Item, SourceDataset, read_manifest
+from audiosep.data import Item, MixtureDataset, SourceDataset, read_manifest
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 
@@ -301,19 +302,36 @@ def test_own_voices_hold_out_whole_speakers(tmp_path, capsys):
 # TOML files
 
 
-@pytest.mark.parametrize("path", sorted(RECIPES.glob("*/*.toml")), ids=lambda p: f"{p.parent.name}/{p.stem}")
-def test_every_recipe_builds(path):
+TRAINED = {path: recipe.load(path) for path in sorted(RECIPES.glob("*/*.toml")) if "train" in recipe.load(path)}
+MILLIONS = {
+    "paper": 37.2,
+    "diffwave-large": 32.3,
+    "conv-tasnet-small": 2.8,
+    "conv-tasnet": 8.2,
+    "conv-tasnet-paper": 5.0,
+    "tf-locoformer": 8.6,
+    "tf-locoformer-paper": 15.0,
+}
+
+
+@pytest.mark.parametrize(("path", "tables"), TRAINED.items(), ids=[f"{p.parent.name}/{p.stem}" for p in TRAINED])
+def test_every_recipe_builds(path, tables):
     """Each key is taken by what the table stands for."""
-    tables = recipe.load(path)
-    recipe.check_tables(tables, fit.TABLES)
-    classes = ["a", "b"] if tables["prior"]["kind"] == "sound" else []
-    prior = fit.build_prior(tables, classes)
-    weights = sum(p.numel() for p in prior.parameters())
-    assert weights == pytest.approx(37e6 if path.stem == "paper" else 8.7e6, rel=0.02)
+    expert = "expert" in tables
+    recipe.check_tables(tables, fit.EXPERT_TABLES if expert else fit.TABLES)
     options = recipe.build(train.Options, tables["train"], "train")
-    item = Item("a.wav", Path("a.wav"), "train", tables["prior"]["kind"], "a", 4.0, "g")
+    kind = "speech" if expert else tables["prior"]["kind"]
+    items = [Item(f"{name}.wav", Path(f"{name}.wav"), "train", kind, name, 4.0, name) for name in "ab"]
     window = {k: v for k, v in tables["data"].items() if k not in (*fit.MANIFEST, "cache")}
-    recipe.build(SourceDataset, window, "data", items=[item], count=options.batch_size)
-    known = set(inspect.signature(fit.Probe).parameters)
-    assert set(tables.get("probe", {})) <= known - {"data", "prior", "folder"}
+    with torch.device("meta"):
+        model = fit.build_expert(tables) if expert else fit.build_prior(tables, ["a", "b"] if kind == "sound" else [])
+    if expert:
+        recipe.build(MixtureDataset, window, "data", items=items, task="2speech", count=1, seed=0)
+        known = set(inspect.signature(fit.ExpertProbe).parameters) - {"data", "expert"}
+    else:
+        recipe.build(SourceDataset, window, "data", items=items, count=options.batch_size)
+        known = set(inspect.signature(fit.Probe).parameters) - {"data", "prior", "folder"}
+    weights = sum(p.numel() for p in model.parameters())
+    assert weights == pytest.approx(1e6 * MILLIONS.get(path.stem, 8.7), rel=0.02)
+    assert set(tables.get("probe", {})) <= known
     recipe.build(fit._card, tables["card"], "card")

@@ -1,0 +1,162 @@
+"""Separate with a model that answers in one pass: supervised networks, NMF source models, spectral gating.
+
+Level, rate, channels, length, alignment of interchangeable stems and the residual are treated as the diffusion
+separator treats them: only what happens within a segment differs.
+
+S segments, C channels, K sources, N samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from audiosep import hub
+from audiosep.errors import UsageError
+from audiosep.separator import (
+    SEGMENT,
+    SILENCE,
+    Job,
+    Progress,
+    Separator,
+    Source,
+    choose_device,
+    choose_dtype,
+    numbered,
+)
+
+__all__ = ["Direct", "Model", "load"]
+
+# What only a sampler has, and the values that ask for nothing.
+SAMPLERS_OWN = {"preset": "default", "sampler": None, "steps": None, "samples": None, "seed": None}
+
+
+class Model(Protocol):
+    """Something that separates mixtures of one sample rate.
+
+    Attributes:
+        sample_rate: in Hz.
+        evaluations: passes through a network per mixture.
+        origin: where it was loaded from, for reports.
+    """
+
+    sample_rate: int
+    evaluations: int
+    origin: dict[str, Any]
+
+    def resolve(self, sources: Sequence[str] | None) -> list[str]:
+        """What to find, one word per stem (sources of one word can be taken for each other); UsageError if it can't."""
+        ...
+
+    def separate(self, mixture: Tensor, kinds: Sequence[str]) -> Tensor:
+        """Sources (B, K, N) in the order of `kinds` for mixtures (B, N) of any level."""
+        ...
+
+
+class Direct(Separator):
+    """A separator around a model; methods and the other arguments are those of `Separator`.
+
+    Args:
+        model: see `Model`.
+        name: of the model, for reports.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        name: str = "model",
+        *,
+        segment: float | None = None,
+        overlap: float = 0.25,
+        consistent: bool = True,
+        batch: int | None = None,
+        dtype: str = "float32",
+        device: str | torch.device = "cpu",
+    ) -> None:
+        if not 0 <= overlap <= 0.5:
+            raise UsageError(f"overlap must lie in 0..0.5 of a segment, got {overlap}")
+        if segment is not None and segment < 0.1:
+            raise UsageError(f"segment must be at least 0.1 s, got {segment} s")
+        self.device = torch.device(device)
+        self.model = model.to(self.device).eval() if isinstance(model, torch.nn.Module) else model
+        # The name that a diffusion separator has for its models: evaluation looks there for classes and hashes.
+        self.priors = {name: self.model}  # type: ignore[dict-item]
+        self.sample_rate = model.sample_rate
+        self.segment, self.overlap, self.consistent = segment or SEGMENT, overlap, consistent
+        self.batch = batch or (1 if self.device.type == "cpu" else 16)
+        self.dtype = choose_dtype("float32" if dtype == "auto" else dtype, self.device)
+        self.samples, self.seed, self.rank = 1, 0, False
+
+    def resolve(self, sources: Sequence[str] | None) -> list[Source]:
+        """Look source names up: a model knows those that it was made for."""
+        if isinstance(sources, str):
+            sources = sources.split(",")
+        return numbered([Source(kind, kind, None) for kind in self.model.resolve(sources)])
+
+    def _job(
+        self, sources: Sequence[Source], sample_rate: int, frames: int | None, progress: Progress | None, share: bool
+    ) -> Job:
+        return _Job(self, sources, sample_rate, frames, progress, share)
+
+
+class _Job(Job):
+    separator: Direct
+
+    def _prepare(self) -> int:
+        return 1
+
+    def _save_memory(self) -> bool:
+        return False
+
+    @torch.no_grad()
+    def _draw(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Sources (1, S, K, C, N) of mixtures y (S, C, N), and a score that nothing asks for."""
+        count, channels, length = y.shape
+        rows = y.flatten(0, 1).to(self.separator.device)
+        with self._precision():
+            x = self.separator.model.separate(rows, [source.prior for source in self.sources]).float()
+        silent = rows.square().mean(-1).sqrt() < SILENCE
+        x = torch.where(silent[:, None, None], 0.0, x)
+        self.done += count
+        self.evaluations += len(rows) * self.separator.model.evaluations
+        if self.progress is not None:
+            self.progress(self.done, self.total, "segments")
+        return x.view(1, count, channels, -1, length).transpose(2, 3).cpu(), torch.zeros(1, count)
+
+    def _about(self) -> dict[str, Any]:
+        return {"models": {name: {"name": name, **model.origin} for name, model in self.separator.priors.items()}}
+
+    def _about_source(self, source: Source) -> dict[str, Any]:
+        return {"class": source.prior}
+
+    def _doubts(self) -> list[str]:
+        return []
+
+
+def load(names: str | Sequence[str] = "speech,sound", device: str | torch.device = "auto", **options: Any) -> Separator:
+    """The separator that checkpoints make: of priors `Separator`, of a model that separates by itself `Direct`.
+
+    Args:
+        names: names, folders or Hub ids, a list or one string with commas.
+        device: "auto", "cpu", "cuda", "cuda:N" or "mps".
+        options: of `Separator` or `Direct`.
+
+    Raises:
+        ModelError: a checkpoint can't be had.
+        UsageError: an option that this separator doesn't have, or models that can't be combined.
+    """
+    names = names.split(",") if isinstance(names, str) else names
+    names = [str(name).strip() for name in names]
+    alone = [name for name in names if not hub.is_prior(name)]
+    if not alone:
+        return Separator.from_pretrained(names, device, **options)
+    if len(names) > 1:
+        raise UsageError(f"{alone[0]} separates by itself: it can't be combined with other models")
+    for name, nothing in SAMPLERS_OWN.items():
+        if options.pop(name, nothing) not in (nothing, None) and name != "seed":
+            raise UsageError(f"{alone[0]} separates in one pass: it has no {name}")
+    return Direct(hub.load_model(alone[0]), Path(alone[0]).name, device=choose_device(device), **options)
