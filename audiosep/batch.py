@@ -110,6 +110,8 @@ def check(options: Options) -> None:
         fields = {name for _, name, _, _ in Formatter().parse(options.template) if name is not None}
     except ValueError as error:
         raise UsageError(f"--filename {options.template!r}: {error}") from None
+    if options.to_stdout and options.sources == ["auto"]:
+        raise UsageError("-o - writes the first stem: name it, as in -s speech,dog")
     if not {"stem", "ext"} <= fields or not fields <= {"track", "stem", "ext"}:
         raise UsageError(f"--filename {options.template!r}: must hold {{stem}} and {{ext}}, may hold {{track}}")
 
@@ -209,7 +211,7 @@ def _one(separator: SeparatesFiles, job: Job, options: Options, progress: Callba
     try:
         if options.to_stdout:
             _to_stdout(separator, job, options, progress, result)
-        elif options.existing == "skip" and all(p.exists() for p in job.stems.values()):
+        elif options.existing == "skip" and _is_done(job, options):
             result.status = "skipped"
             result.stems = {stem: os.fspath(path) for stem, path in job.stems.items()}
         else:
@@ -294,7 +296,7 @@ def dry(jobs: Sequence[Job], options: Options) -> Generator[Result, None, None]:
         try:
             with audio.open_reader(job.source):
                 pass
-            if options.existing == "skip" and all(p.exists() for p in job.stems.values()):
+            if options.existing == "skip" and _is_done(job, options):
                 result.status = "skipped"
             elif not options.to_stdout:
                 for path in job.stems.values():
@@ -315,6 +317,11 @@ def _excerpt(path: Path) -> tuple[np.ndarray, int]:
     with audio.open_reader(path) as reader:
         rate = reader.info.sample_rate
         return next(reader.blocks(math.ceil(PAGE_SECONDS * rate))), rate
+
+
+def _is_done(job: Job, options: Options) -> bool:
+    """Whether all stems are there; where they are known only once the recording is heard, the report."""
+    return all(path.exists() for path in job.stems.values() or [options.path(job.track, "report", "json")])
 
 
 def _refuse_existing(path: Path, options: Options) -> None:

@@ -134,7 +134,8 @@ def separate(
             "-s",
             "--sources",
             help="Class names of the loaded priors, comma-separated, in any case; 'sound' is a"
-            " sound of any class; repeats become speech_1, speech_2.  [default: one of each prior]",
+            " sound of any class; repeats become speech_1, speech_2; 'auto' listens first."
+            "  [default: one of each prior]",
         ),
     ] = None,
     device: Device = "auto",

@@ -8,10 +8,11 @@ S segments, C channels, K sources, N samples.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -96,6 +97,10 @@ class Direct(Separator):
         if isinstance(sources, str):
             sources = sources.split(",")
         return numbered([Source(kind, kind, None) for kind in self.model.resolve(sources)])
+
+    def listen(self, blocks: Iterable[np.ndarray], sample_rate: int) -> tuple[list[str], dict[str, Any]]:
+        """Refused: a model finds what it was made for."""
+        raise UsageError("auto chooses among priors; this model separates what it was made for, leave the sources out")
 
     def _job(
         self, sources: Sequence[Source], sample_rate: int, frames: int | None, progress: Progress | None, share: bool

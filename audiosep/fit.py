@@ -5,8 +5,10 @@ A recipe's tables are keyword arguments: [prior] of `Prior`, [backbone] and [sch
 model card. A run of `fit(tables, "my-prior")` leaves the checkpoint in `my-prior`, and its log, its state, samples to
 listen to and TensorBoard's files in `my-prior.run`.
 
-A recipe of a supervised network has [expert] of `Expert` and [network] of what its `name` says in `hub` in place of
-the prior's tables; its [data] is of `read_manifest` and `MixtureDataset`, its [probe] of `ExpertProbe`.
+A recipe of a tagger has [tagger] of `Tagger`, with `of`, the prior whose classes it is to know, and `tasks`; its
+[probe] is of `TaggerProbe`. A recipe of a supervised network has [expert] of `Expert` and [network] of what its `name`
+says in `hub` in place of the prior's tables; its [data] is of `read_manifest` and `MixtureDataset`, its [probe] of
+`ExpertProbe`.
 """
 
 from __future__ import annotations
@@ -29,12 +31,15 @@ from audiosep.prior import Prior
 from audiosep.recipe import build, check_tables
 from audiosep.separator import Separator
 from audiosep.supervised.expert import Expert
+from audiosep.tagger import TaggedMixtures, Tagger
 
 __all__ = ["ExpertProbe", "Probe", "build_expert", "build_prior", "draw", "fit", "run_folder"]
 
 TABLES = ("prior", "backbone", "schedule", "data", "train", "probe", "card")
+TAGGER_TABLES = ("tagger", "data", "train", "probe", "card")
 EXPERT_TABLES = ("expert", "network", "data", "train", "probe", "card")
 MANIFEST = ("manifest", "root", "kind", "least")  # keys of [data] that are not SourceDataset's
+TAGGED_TASKS = ("1speech", "1sound", "2speech", "1speech+1sound", "2sound", "1speech+2sound", "3sound")
 FOREVER = 2**40  # windows of a run whose budget is time
 
 log = logging.getLogger("audiosep.fit")
@@ -58,6 +63,8 @@ def fit(
     if out.exists() and not (out / hub.CONFIG).exists() and any(out.iterdir()):
         raise UsageError(f"{out} is there and not a checkpoint; choose another -o")
     how = {"resume": resume, "device": device, "stop_minutes": stop_minutes, "progress": progress}
+    if "tagger" in tables:
+        return _fit_tagger(tables, out, **how)
     return _fit_expert(tables, out, **how) if "expert" in tables else _fit_prior(tables, out, **how)
 
 
@@ -119,6 +126,29 @@ def _fit_expert(tables: Mapping[str, Any], out: Path, **how: Any) -> dict[str, A
         about={"expert": json.loads(json.dumps(expert.config)), "recordings": data.fingerprint()},
         **how,
     )
+
+
+def _fit_tagger(tables: Mapping[str, Any], out: Path, **how: Any) -> dict[str, Any]:
+    check_tables(tables, TAGGER_TABLES)
+    options = build(train.Options, tables.get("train", {}), "train")
+    torch.manual_seed(options.seed)
+    table = dict(tables["tagger"])
+    prior, tasks = hub.load_prior(table.pop("of", "sound")), table.pop("tasks", TAGGED_TASKS)
+    tagger = build(Tagger, table, "tagger", classes=prior.classes, sample_rate=prior.sample_rate)
+    data = _Data(tables, kind=None)
+    count = -(-(options.max_steps or FOREVER) * options.batch_size // len(tasks))
+    mixtures = data.tagged(data.train, tagger, tasks, count, options.seed)
+    probe = build(TaggerProbe, tables.get("probe", {}), "probe", data=data, tagger=tagger, tasks=tasks)
+    card = build(_card, tables.get("card", {}), "card")
+
+    def save(average: torch.nn.Module, facts: dict[str, Any]) -> None:
+        assert isinstance(average, Tagger)
+        average.threshold = probe.threshold
+        facts = _facts(options, mixtures.segment, facts, average)
+        hub.save_model(average, out, {**data.card(), **card, "metrics": probe.rows, "training": facts})
+
+    about = {"tagger": json.loads(json.dumps(tagger.config)), "recordings": data.fingerprint()}
+    return train.train(tagger, mixtures, run_folder(out), options, save=save, probe=probe, about=about, **how)
 
 
 def run_folder(out: str | Path) -> Path:
@@ -221,6 +251,14 @@ class _Data:
             count=count,
             seed=seed,
             sample_rate=expert.sample_rate,
+        )
+
+    def tagged(self, items: Sequence[Item], tagger: Tagger, tasks: Sequence[str], count: int, seed: int) -> Any:
+        """Mixtures of the tagger's classes, `count` of each task."""
+        common = {"items": items, "count": count, "seed": seed, "classes": tagger.classes}
+        common["sample_rate"] = tagger.sample_rate
+        return TaggedMixtures(
+            [build(MixtureDataset, self.table, "data", task=task, **common) for task in tasks], tagger.labels
         )
 
     def fingerprint(self) -> str:
@@ -421,6 +459,57 @@ class ExpertProbe:
             {"metric": f"{name}, {what}", "value": probed[-1][f"probe/{key}"]}
             for name, key in (("SI-SDR", "si_sdr"), ("SI-SDRi", "si_sdri"))
         ]
+
+
+class TaggerProbe:
+    """How well a tagger names the sources of held-out mixtures, at the threshold that names most sets exactly.
+
+    Args:
+        mixtures: held-out mixtures of each task; 0 for none.
+        batch: mixtures in one forward pass.
+    """
+
+    def __init__(self, data: _Data, tagger: Tagger, tasks: Sequence[str], mixtures: int = 40, batch: int = 16) -> None:
+        self.batch, self.tasks, self.count = batch, tasks, mixtures
+        self.threshold, self.rows = tagger.threshold, list[dict[str, Any]]()
+        self.mixtures: TaggedMixtures | None = None
+        if data.valid and mixtures:
+            try:
+                self.mixtures = data.tagged(data.valid, tagger, tasks, mixtures, 0)
+            except UsageError as error:
+                log.warning("no held-out scores: %s", error)
+
+    @torch.no_grad()
+    def __call__(self, average: torch.nn.Module, step: int, board: Any) -> dict[str, float]:
+        assert isinstance(average, Tagger)
+        if self.mixtures is None:
+            return {}
+        device = next(average.parameters()).device
+        items = [self.mixtures[i] for i in range(len(self.mixtures))]
+        truth = torch.stack([item["tags"] for item in items]).bool()
+        batches = torch.stack([item["mixture"] for item in items]).split(self.batch)
+        scores = torch.cat([average(batch.to(device)).float().cpu() for batch in batches])
+        grid = torch.linspace(0.05, 0.95, 19)
+        exact = torch.stack([((scores >= level) == truth).all(1) for level in grid]).float()  # (19, items)
+        best = int(exact.mean(1).argmax())
+        self.threshold = float(grid[best])
+        heard = scores >= self.threshold
+        found = {
+            "exact": float(exact[best].mean()),
+            "recall": float((heard & truth).sum() / truth.sum()),
+            "precision": float((heard & truth).sum() / heard.sum().clamp(min=1)),
+            "count_right": float((heard.sum(1) == truth.sum(1)).float().mean()),
+        }
+        self.rows = [
+            {
+                "task": task,
+                "held-out mixtures": self.count,
+                "all sources named, none else": float(exact[best][k :: len(self.tasks)].mean()),
+                "number of sources right": float((heard.sum(1) == truth.sum(1))[k :: len(self.tasks)].float().mean()),
+            }
+            for k, task in enumerate(self.tasks)
+        ]
+        return found
 
 
 @torch.no_grad()

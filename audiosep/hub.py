@@ -33,6 +33,7 @@ from audiosep.schedules import Schedule, ve, vp_linear
 from audiosep.supervised.conv_tasnet import ConvTasNet
 from audiosep.supervised.expert import Expert
 from audiosep.supervised.tf_locoformer import TFLocoformer
+from audiosep.tagger import Tagger
 
 __all__ = [
     "BACKBONES",
@@ -56,7 +57,7 @@ BACKBONES: dict[str, Callable[..., nn.Module]] = {"triple_path_unet": TriplePath
 SCHEDULES: dict[str, Callable[..., Schedule]] = {"vp_linear": vp_linear, "ve": ve}
 NETWORKS: dict[str, Callable[..., nn.Module]] = {"conv_tasnet": ConvTasNet, "tf_locoformer": TFLocoformer}
 
-MODELS: dict[str, Callable[..., nn.Module]] = {"expert": Expert}
+MODELS: dict[str, Callable[..., nn.Module]] = {"expert": Expert, "tagger": Tagger}
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 FORMAT = 1

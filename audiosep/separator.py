@@ -39,6 +39,8 @@ Progress = Callable[[int, int | None, str], None]
 
 SEGMENT = 4.0  # seconds; what the published priors were trained on
 SILENCE = 1e-7  # RMS under which a channel counts as digital silence (-140 dBFS)
+TAGGER = "tagger"  # the checkpoint that "auto" listens with
+REPORTED = 10  # labels whose scores a report holds
 INACTIVE = -40.0  # dB under the mixture at which a stem is flagged as inactive
 SELF_NOISE = (
     0.02,
@@ -184,7 +186,9 @@ class Separator:
     # What to find ---------------------------------------------------------------------------------
 
     def source_names(self, sources: Sequence[str] | None = None) -> list[str]:
-        """Names of the stems that `sources` gives."""
+        """Names of the stems that `sources` gives; none for "auto", which needs a recording."""
+        if _is_auto(sources):
+            return []
         return [source.name for source in self.resolve(sources)]
 
     def resolve(self, sources: Sequence[str] | None) -> list[Source]:
@@ -222,6 +226,49 @@ class Separator:
         known = [f"{key} ({', '.join(prior.classes)})" if prior.classes else key for key, prior in self.priors.items()]
         raise UsageError(f"unknown source {name!r}; the loaded priors know: {'; '.join(known)}")
 
+    def listen(self, blocks: Iterable[np.ndarray], sample_rate: int) -> tuple[list[str], dict[str, Any]]:
+        """What a recording holds, for "auto".
+
+        The shipped tagger hears segment by segment; a label's score is the highest of all segments.
+
+        Args:
+            blocks: the recording (C, n), piece by piece; its channels are averaged.
+            sample_rate: in Hz.
+
+        Returns:
+            The names found, best first, two at least; and for the report the tagger, and the highest scores of all
+            labels that the loaded priors know.
+        """
+        tagger = hub.load_model(TAGGER, self.device)
+        allowed = [label for label in ("speech", *tagger.classes) if self._knows(label)]
+        size = round(self.segment * sample_rate)
+        scores = torch.zeros(len(tagger.labels))
+        for segment, _ in cut(blocks, size, size):
+            low = audio.resample(segment.mean(0, keepdims=True), sample_rate, tagger.sample_rate)
+            with torch.no_grad():
+                heard = tagger(torch.from_numpy(low).float().to(self.device))[0].cpu()
+            scores = torch.maximum(scores, heard)
+        names = tagger.choose(scores.tolist(), allowed)
+        ranked = sorted(zip(tagger.labels, scores.tolist()), key=lambda pair: -pair[1])
+        table = {label: round(score, 4) for label, score in ranked[:REPORTED]}
+        return names, {"tagger": tagger.origin, "threshold": tagger.threshold, "scores": table, "chosen": names}
+
+    def _knows(self, name: str) -> bool:
+        try:
+            self._find(name)
+        except UsageError:
+            return False
+        return True
+
+    def _wanted(
+        self, sources: Sequence[str] | None, blocks: Callable[[], Iterable[np.ndarray]], sample_rate: int
+    ) -> tuple[list[Source], dict[str, Any]]:
+        """The sources to find, and what the report says of how they were chosen."""
+        if not _is_auto(sources):
+            return self.resolve(sources), {}
+        names, facts = self.listen(blocks(), sample_rate)
+        return self.resolve(names), {"auto": facts}
+
     # Separation -----------------------------------------------------------------------------------
 
     def __call__(
@@ -236,7 +283,7 @@ class Separator:
         Args:
             wave: (C, T) or (T,), torch or numpy, full scale 1.
             sample_rate: of `wave`, in Hz.
-            sources: names to find; None is one per prior.
+            sources: names to find; None is one per prior, "auto" what the shipped tagger hears.
             progress: called with (steps done, steps in all, what is done).
 
         Returns:
@@ -257,7 +304,7 @@ class Separator:
         if sample_rate != int(sample_rate) or sample_rate <= 0:
             raise UsageError(f"sample_rate must be a whole number of Hz above 0, got {sample_rate}")
         sample_rate = int(sample_rate)
-        wanted = self.resolve(sources)
+        wanted, heard = self._wanted(sources, lambda: [np.atleast_2d(array)], sample_rate)
         job = self._job(wanted, sample_rate, array.shape[-1], progress, True)
         pieces = list(job.run([np.atleast_2d(array)]))
 
@@ -273,7 +320,7 @@ class Separator:
             sources=dict(zip(job.names, back(stems))),
             sample_rate=sample_rate,
             residual=back(rest[None])[0],
-            report=job.report(),
+            report={**job.report(), **heard},
         )
         if self.rank:
             result.best = dict(zip(job.names, back(torch.cat([p.best for p in pieces], -1))))
@@ -297,7 +344,7 @@ class Separator:
         Args:
             path: the recording, "-" for standard input.
             out: folder for `<stem>.<format>`, or a function from stem name to path.
-            sources: names to find; None is one per prior.
+            sources: names to find; None is one per prior, "auto" what the shipped tagger hears.
             format: of the stems: "wav", "flac", ...; None is wav.
             subtype: of the samples: "PCM_16", "FLOAT", ...; None is the input's where the format has it.
             residual: leave the stems as they were estimated and write what completes the sum as `residual`.
@@ -309,11 +356,13 @@ class Separator:
         Raises:
             AudioError: the input can't be read or an output can't be written; nothing is left under a final name.
         """
-        wanted = self.resolve(sources)
+        if not _is_auto(sources):
+            self.resolve(sources)  # a wrong name is refused before the file is opened
         suffix = (format or "wav").lower()
         place = out if callable(out) else lambda stem: Path(out) / f"{stem}.{suffix}"
         with audio.open_reader(path) as reader, contextlib.ExitStack() as stack:
             info = reader.info
+            wanted, heard = self._wanted(sources, lambda: reader.blocks(info.sample_rate), info.sample_rate)
             job = self._job(wanted, info.sample_rate, info.frames, progress, not residual)
             extra = [f"{name}_best" for name in job.names] if self.rank else []
             names = [*job.names, *extra, *(["residual"] if residual else [])]
@@ -339,7 +388,7 @@ class Separator:
                     writers[name].write(stem.numpy())
                 if residual:
                     writers["residual"].write((piece.mixture - piece.stems.sum(0)).numpy())
-        report = job.report()
+        report = {**job.report(), **heard}
         report["input"] = {"path": str(path), "subtype": info.subtype, **report["input"]}
         report["files"] = {name: str(target) for name, target in paths.items()}
         report["clipped_samples"] = {name: writer.clipped for name, writer in writers.items()}
@@ -674,6 +723,10 @@ class Job:
             return []
         start = self.sampler.ratios[0]
         return [f"the sampler starts at a noise level of {start:.2f}, the priors were trained up to {reach:.2f}"]
+
+
+def _is_auto(sources: Sequence[str] | None) -> bool:
+    return sources is not None and (sources == "auto" or list(sources) == ["auto"])
 
 
 def as_array(wave: Any) -> np.ndarray:

@@ -25,6 +25,7 @@ LAYERS = {
     "longform": 2,
     "prior": 2,
     "supervised": 2,
+    "tagger": 2,
     "baselines": 2,
     "blind": 2,
     "train": 2,
