@@ -5,7 +5,6 @@ A bad file fails alone; the others go on.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -254,7 +253,7 @@ def _to_files(separator: SeparatesFiles, job: Job, options: Options, progress: C
     result.stems = {stem: os.fspath(path) for stem, path in written.items()}
     result.notes = _notes(facts)
     json_path = options.path(job.track, "report", "json")
-    write_json(json_path, facts)
+    report.write_json(json_path, facts)
     result.report = os.fspath(json_path)
     if options.page:
         html_path = options.path(job.track, "report", "html")
@@ -303,38 +302,6 @@ def dry(jobs: Sequence[Job], options: Options) -> Generator[Result, None, None]:
         except AudioError as error:
             result = Result(os.fspath(job.source), "failed", error=str(error))
         yield result
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON under a temporary name, then rename; what is no number becomes null."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(
-            json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n",
-            encoding="utf-8",
-            errors="backslashreplace",
-        )
-        os.replace(partial, path)
-    except OSError as error:
-        raise AudioError(f"{path}: can't be written: {error.strerror}") from None
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _plain(value: Any) -> Any:
-    """The value in JSON's types."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if hasattr(value, "tolist"):
-        return _plain(value.tolist())
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    return str(value)
 
 
 def _write_page(path: Path, job: Job, stems: dict[str, Path], facts: dict[str, Any]) -> None:

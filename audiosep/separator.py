@@ -24,12 +24,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from audiosep import __version__, audio, hub
+from audiosep import __version__, audio, distributed, hub
 from audiosep.errors import AudiosepError, UsageError
 from audiosep.longform import Aligner, OverlapAdd, cosine, count_segments, cut, match
+from audiosep.losses import ReconstructionLoss
 from audiosep.mixing import project, residual
 from audiosep.prior import JointPrior, Prior
-from audiosep.samplers import PRESETS, SAMPLES, Noise, build
+from audiosep.samplers import PRESETS, SAMPLES, Noise, Sampler, build
 
 log = logging.getLogger(__name__)
 
@@ -107,6 +108,7 @@ class Separator:
         preset: "default", "published" or "paper", see `audiosep.samplers`.
         sampler: "hybrid", "dsg", "dps", "analytical", "mmps"; None is the preset's own.
         steps: of the sampler, per sample; None is the preset's own number.
+        sampling: more arguments of the sampler's class, such as {"t_init": 174, "floor": 0.001, "loss": {"stft": 0.0}}.
         segment: seconds separated at a time; None is 4.
         overlap: fraction of a segment shared with the next, 0..0.5.
         samples: posterior samples; above one the stems are their mean; None is the preset's own number.
@@ -124,6 +126,7 @@ class Separator:
         preset: str = "default",
         sampler: str | None = None,
         steps: int | None = None,
+        sampling: Mapping[str, Any] | None = None,
         segment: float | None = None,
         overlap: float = 0.25,
         samples: int | None = None,
@@ -152,11 +155,12 @@ class Separator:
             prior.checkpoint_activations(checkpointing)
         self.sample_rate = next(iter(rates.values()))
         self.preset, self.sampler, self.steps = preset, sampler, steps
+        self.sampling = dict(sampling or {})
         self.segment, self.overlap = segment or SEGMENT, overlap
         self.seed, self.consistent = seed, consistent
         self.batch = batch or (1 if self.device.type == "cpu" else 16)
         self.dtype = choose_dtype(dtype, self.device)
-        self._sampler(self.resolve(None))  # wrong options are refused here, not after minutes of work
+        self.sampler_for(self.resolve(None))  # wrong options are refused here, not after minutes of work
         self.samples = samples or SAMPLES[preset]
         self.rank = (samples or 1) > 1  # the likeliest sample is wanted, too
 
@@ -346,9 +350,24 @@ class Separator:
     ) -> Job:
         return Job(self, sources, sample_rate, frames, progress, share)
 
-    def _sampler(self, sources: Sequence[Source]) -> Any:
+    def gain(self, y: Tensor, sources: Sequence[Source]) -> Tensor:
+        """What brings mixtures y (B, N) to the level that a sum of such training signals has, (B, 1)."""
+        level = np.mean([self.priors[source.prior].sigma_data for source in sources])
+        rms = y.square().mean(-1, keepdim=True).sqrt()
+        return float(level) * len(sources) ** 0.5 / rms.clamp(min=SILENCE)
+
+    def sampler_for(self, sources: Sequence[Source]) -> Sampler:
+        """The sampler of these sources, with the settings asked for."""
         joint = JointPrior([(self.priors[source.prior], source.label) for source in sources])
-        return build(joint, self.sampler, self.preset, self.steps)
+        options = dict(self.sampling)
+        if isinstance(options.get("loss"), Mapping):
+            options["loss"] = ReconstructionLoss(**options["loss"])
+        try:
+            return build(joint, self.sampler, self.preset, self.steps, **options)
+        except UsageError:
+            raise
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"sampling {self.sampling}: {error}") from error
 
 
 @dataclass
@@ -404,7 +423,7 @@ class Job:
 
     def _prepare(self) -> int:
         """Make what separates ready; how many steps it takes per sample."""
-        self.sampler = self.separator._sampler(self.sources)
+        self.sampler = self.separator.sampler_for(self.sources)
         return len(self.sampler.times)
 
     def run(self, blocks: Iterable[np.ndarray]) -> Iterator[Piece]:
@@ -488,10 +507,8 @@ class Job:
         separator = self.separator
         count, channels, length = y.shape
         rows = y.flatten(0, 1).to(separator.device)  # (S * C, N)
-        level = np.mean([10 ** (separator.priors[s.prior].level / 20) for s in self.sources])
-        rms = rows.square().mean(-1, keepdim=True).sqrt()
-        gain = level * len(self.sources) ** 0.5 / rms.clamp(min=SILENCE)
-        silent = rms < SILENCE
+        gain = separator.gain(rows, self.sources)
+        silent = rows.square().mean(-1, keepdim=True).sqrt() < SILENCE
         drawn, scores = [], []
         for sample in range(separator.samples):
             # The channels of a segment share their noise, so that identical channels give identical stems.
@@ -641,6 +658,7 @@ class Job:
                 "preset": separator.preset,
                 "steps": self.steps,
                 "samples": separator.samples,
+                "sampling": separator.sampling,
                 "seed": separator.seed,
             },
         }
@@ -690,8 +708,8 @@ def mix_seed(*numbers: int) -> int:
 def choose_device(name: str | torch.device) -> torch.device:
     """The device for "auto", "cpu", "cuda", "cuda:1", "mps"; refused when this machine has none."""
     if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
+        if torch.cuda.is_available():  # one GPU for each of several processes
+            return torch.device(f"cuda:{distributed.local_rank()}" if distributed.world_size() > 1 else "cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)

@@ -155,7 +155,11 @@ def test_a_recipe_becomes_an_expert_that_separates(corpus, capsys):
     assert "network.name is one of conv_tasnet" in capsys.readouterr().err
     assert run("separate", "Beep3.wav", "-n", "./rival", "-d", "cpu", "--progress", "none") == 0
     assert sorted(p.name for p in Path("separated/rival/Beep3").glob("*.wav")) == ["sound_1.wav", "sound_2.wav"]
-    summary = evaluate.run("manifest.csv", "2sound", 2, 1, separator=load("./rival", "cpu"), segment=0.5)
+    recipe = {
+        "evaluate": {"manifest": "manifest.csv", "tasks": ["2sound"], "count": 2, "seed": 1, "segment": 0.5},
+        "separators": {"rival": {"models": "./rival", "device": "cpu"}},
+    }
+    (summary,) = evaluate.run(recipe)
     assert summary["labels"] is False
     assert summary["evaluations"] == 1
     assert summary["si_sdr_permuted"]["mean"] >= summary["si_sdr"]["mean"]
