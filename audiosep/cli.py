@@ -280,6 +280,12 @@ def evaluate(
         Path | None,
         typer.Option(help="The recordings to mix, as a prepare.py lists them.  [default: data/open16k.csv]"),
     ] = None,
+    estimates: Annotated[
+        Path | None, typer.Option(help="Score these stems instead: a folder per item, see --references.")
+    ] = None,
+    references: Annotated[
+        Path | None, typer.Option(help="The true sources, a folder per item, as audiosep mix writes them.")
+    ] = None,
     model: Models = DEFAULT_MODELS,
     preset: PresetOption = Preset.default,
     sampler: SamplerOption = None,
@@ -289,7 +295,7 @@ def evaluate(
     verbose: Verbose = False,
     as_json: AsJson = False,
 ) -> None:
-    """Score separators on mixtures of a corpus.
+    """Score separators on mixtures of a corpus, or stems that any program made.
 
     Prints a table of scores with 95 % intervals.
     """
@@ -299,9 +305,17 @@ def evaluate(
     main_process = distributed.rank() == 0
     shown = display("auto", quiet=not main_process)
     with _errors(verbose, shown), _logging(shown, verbose=verbose):
-        from audiosep import evaluate as module
-        from audiosep import results
         from audiosep.recipe import load, override
+
+        if estimates is not None or references is not None:
+            if estimates is None or references is None:
+                raise UsageError("--estimates and --references go together")
+            from audiosep import stems
+
+            with shown:
+                _show_summaries(stems.run(estimates, references, out, shown.file(estimates.name)), {}, as_json)
+            return
+        from audiosep import evaluate as module
 
         options = {"preset": preset.value, "sampler": sampler and sampler.value, "steps": steps, "samples": samples}
         options |= {"models": model, "device": device}
@@ -323,14 +337,20 @@ def evaluate(
             summaries = module.run(tables, out, shown.file(recipe.stem if recipe else "mixtures"))
         if not main_process:
             return
-        if as_json:
-            print(json.dumps(summaries))
-            return
-        from rich.console import Console
-
-        Console().print(results.table(summaries, tables.get("published", {})))
-        if out is not None:
+        _show_summaries(summaries, tables.get("published", {}), as_json)
+        if out is not None and not as_json:
             shown.result(os.fspath(out / "report.html"))
+
+
+def _show_summaries(summaries: list[dict[str, Any]], published: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(summaries))
+        return
+    from rich.console import Console
+
+    from audiosep import results
+
+    Console().print(results.table(summaries, published))
 
 
 @app.command()

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from audiosep import hub
+from audiosep.baselines import ORACLES, SpectralGating
 from audiosep.errors import UsageError
 from audiosep.separator import (
     SEGMENT,
@@ -34,6 +35,9 @@ __all__ = ["Direct", "Model", "load"]
 
 # What only a sampler has, and the values that ask for nothing.
 SAMPLERS_OWN = {"preset": "default", "sampler": None, "steps": None, "samples": None, "seed": None}
+
+# Methods without a checkpoint.
+WITHOUT_WEIGHTS = {"spectral-gating": SpectralGating}
 
 
 class Model(Protocol):
@@ -96,7 +100,7 @@ class Direct(Separator):
         """Look source names up: a model knows those that it was made for."""
         if isinstance(sources, str):
             sources = sources.split(",")
-        return numbered([Source(kind, kind, None) for kind in self.model.resolve(sources)])
+        return numbered([Source(kind.casefold(), kind, None) for kind in self.model.resolve(sources)])
 
     def listen(self, blocks: Iterable[np.ndarray], sample_rate: int) -> tuple[list[str], dict[str, Any]]:
         """Refused: a model finds what it was made for."""
@@ -146,7 +150,7 @@ def load(names: str | Sequence[str] = "speech,sound", device: str | torch.device
     """The separator that checkpoints make: of priors `Separator`, of a model that separates by itself `Direct`.
 
     Args:
-        names: names, folders or Hub ids, a list or one string with commas.
+        names: names, folders or Hub ids, a list or one string with commas; or "spectral-gating".
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
         options: of `Separator` or `Direct`.
 
@@ -156,7 +160,9 @@ def load(names: str | Sequence[str] = "speech,sound", device: str | torch.device
     """
     names = names.split(",") if isinstance(names, str) else names
     names = [str(name).strip() for name in names]
-    alone = [name for name in names if not hub.is_prior(name)]
+    for name in set(names) & set(ORACLES):
+        raise UsageError(f"{name} needs the true sources: it is an upper bound for evaluations, not a separator")
+    alone = [name for name in names if name in WITHOUT_WEIGHTS or not hub.is_prior(name)]
     if not alone:
         return Separator.from_pretrained(names, device, **options)
     if len(names) > 1:
@@ -164,4 +170,5 @@ def load(names: str | Sequence[str] = "speech,sound", device: str | torch.device
     for name, nothing in SAMPLERS_OWN.items():
         if options.pop(name, nothing) not in (nothing, None) and name != "seed":
             raise UsageError(f"{alone[0]} separates in one pass: it has no {name}")
-    return Direct(hub.load_model(alone[0]), Path(alone[0]).name, device=choose_device(device), **options)
+    model = WITHOUT_WEIGHTS[alone[0]]() if alone[0] in WITHOUT_WEIGHTS else hub.load_model(alone[0])
+    return Direct(model, Path(alone[0]).name, device=choose_device(device), **options)

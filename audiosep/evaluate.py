@@ -37,6 +37,7 @@ import torch
 from torch import Tensor
 
 from audiosep import distributed, metrics, results
+from audiosep.baselines import ORACLES
 from audiosep.data import MixtureDataset, parse_task, read_manifest
 from audiosep.direct import load
 from audiosep.errors import AudiosepError, UsageError
@@ -111,6 +112,31 @@ class Unprocessed:
         return Separation(stems, sample_rate, wave - wave, {})
 
 
+class Oracle:
+    """An upper bound that takes the references: no separator, and marked wherever it is shown.
+
+    Args:
+        mask: one of `baselines.ORACLES`.
+        sample_rate: in Hz.
+    """
+
+    oracle = True
+
+    def __init__(self, mask: str = "oracle-ratio-mask", sample_rate: int = 16000) -> None:
+        if mask not in ORACLES:
+            raise UsageError(f"mask is one of {', '.join(ORACLES)}, got {mask!r}")
+        self.mask, self.sample_rate = ORACLES[mask], sample_rate
+
+    def __call__(
+        self, wave: Tensor, sample_rate: int, sources: Sequence[str] | None = None, references: Tensor | None = None
+    ) -> Separation:
+        """The masked mixture wave (1, T), with the references (K, T) of the sources."""
+        assert references is not None
+        stems = self.mask(wave[0], references)
+        named = {f"{name}_{k}": stem[None] for k, (name, stem) in enumerate(zip(sources or (), stems))}
+        return Separation(named, sample_rate, wave - stems.sum(0), {})
+
+
 def _checkpoints(
     models: str | Sequence[str] = "speech,sound",
     preset: str = "default",
@@ -127,13 +153,17 @@ def _checkpoints(
     dtype: str = "auto",
     device: str = "auto",
 ) -> Separates:
-    """What `direct.load` makes of checkpoints: priors with a sampler, or a network that separates by itself."""
+    """What `direct.load` makes of checkpoints: priors with a sampler, or what separates by itself."""
     options = {key: value for key, value in locals().items() if key != "models" and value is not None}
     return load(models, **options)
 
 
 # `type` in a recipe's [separators.NAME] -> what makes it.
-MAKERS: dict[str, Callable[..., Separates]] = {"checkpoints": _checkpoints, "unprocessed": Unprocessed}
+MAKERS: dict[str, Callable[..., Separates]] = {
+    "checkpoints": _checkpoints,
+    "unprocessed": Unprocessed,
+    "oracle": Oracle,
+}
 
 
 @dataclass

@@ -8,7 +8,7 @@ listen to and TensorBoard's files in `my-prior.run`.
 A recipe of a tagger has [tagger] of `Tagger`, with `of`, the prior whose classes it is to know, and `tasks`; its
 [probe] is of `TaggerProbe`. A recipe of a supervised network has [expert] of `Expert` and [network] of what its `name`
 says in `hub` in place of the prior's tables; its [data] is of `read_manifest` and `MixtureDataset`, its [probe] of
-`ExpertProbe`.
+`ExpertProbe`. One of NMF source models has [nmf] of `fit_nmf`, [data] and [card].
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from audiosep import distributed, hub, report, train
+from audiosep.baselines import fit_nmf
 from audiosep.data import KINDS, Item, MixtureDataset, SourceDataset, class_names, parse_task, read_manifest
 from audiosep.errors import UsageError
 from audiosep.evaluate import score
@@ -65,6 +66,8 @@ def fit(
     how = {"resume": resume, "device": device, "stop_minutes": stop_minutes, "progress": progress}
     if "tagger" in tables:
         return _fit_tagger(tables, out, **how)
+    if "nmf" in tables:
+        return _fit_nmf(tables, out, progress)
     return _fit_expert(tables, out, **how) if "expert" in tables else _fit_prior(tables, out, **how)
 
 
@@ -149,6 +152,17 @@ def _fit_tagger(tables: Mapping[str, Any], out: Path, **how: Any) -> dict[str, A
 
     about = {"tagger": json.loads(json.dumps(tagger.config)), "recordings": data.fingerprint()}
     return train.train(tagger, mixtures, run_folder(out), options, save=save, probe=probe, about=about, **how)
+
+
+def _fit_nmf(tables: Mapping[str, Any], out: Path, progress: train.Progress | None) -> dict[str, Any]:
+    check_tables(tables, ("nmf", "data", "card"))
+    data = _Data(tables, kind=None)
+    if data.table:
+        raise UsageError(f"data.{min(data.table)}: no such setting; [data] takes manifest, root, kind")
+    card = build(_card, tables.get("card", {}), "card")
+    model = build(fit_nmf, tables["nmf"], "nmf", items=data.train, progress=progress)
+    hub.save_model(model, out, {**data.card(), **card})
+    return {"step": 0, "finished": True}
 
 
 def run_folder(out: str | Path) -> Path:

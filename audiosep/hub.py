@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from audiosep import __version__
 from audiosep.backbones.diffwave import DiffWave
 from audiosep.backbones.triple_path_unet import TriplePathUNet
+from audiosep.baselines import NMF
 from audiosep.errors import ModelError
 from audiosep.prior import Prior
 from audiosep.schedules import Schedule, ve, vp_linear
@@ -57,7 +58,7 @@ BACKBONES: dict[str, Callable[..., nn.Module]] = {"triple_path_unet": TriplePath
 SCHEDULES: dict[str, Callable[..., Schedule]] = {"vp_linear": vp_linear, "ve": ve}
 NETWORKS: dict[str, Callable[..., nn.Module]] = {"conv_tasnet": ConvTasNet, "tf_locoformer": TFLocoformer}
 
-MODELS: dict[str, Callable[..., nn.Module]] = {"expert": Expert, "tagger": Tagger}
+MODELS: dict[str, Callable[..., nn.Module]] = {"expert": Expert, "nmf": NMF, "tagger": Tagger}
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 FORMAT = 1
@@ -578,8 +579,9 @@ def _model_config(model: Any, card: Mapping[str, Any]) -> dict[str, Any]:
         "audiosep": __version__,
         "kind": f"{arguments['network']['name']} for {model.task}" if "network" in arguments else arguments["name"],
         "sample_rate": model.sample_rate,
+        "classes": list(getattr(model, "classes", ())),
         "model": arguments,
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": sum(value.numel() for value in model.state_dict().values()),
         "licence": card.get("licence", "unknown"),
         "data": card.get("data", "unknown"),
         "metrics": card.get("metrics", []),

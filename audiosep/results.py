@@ -100,7 +100,7 @@ def _summary(header: Mapping[str, Any], rows: Sequence[Row]) -> Summary:
     for row in rows:
         for name, value in zip(row["names"], row["si_sdr"]):
             by_kind["speech" if name == "speech" else "sound"].append(value)
-    seconds = np.array([row["seconds"] for row in rows])
+    seconds = _mean([row.get("seconds") for row in rows])
     summary: Summary = {
         **header,
         "count": len(rows),
@@ -112,9 +112,9 @@ def _summary(header: Mapping[str, Any], rows: Sequence[Row]) -> Summary:
         "success": _statistics(fixed[fixed >= 0]),
         "success_permuted": _statistics(permuted[permuted >= 0]),
         "si_sdr_by_kind": {kind: float(np.mean(values)) for kind, values in by_kind.items() if values},
-        "evaluations": _mean([row["evaluations"] for row in rows]),
-        "seconds": float(seconds.mean()),
-        "real_time_factor": float(seconds.mean() / header["segment"]),
+        "evaluations": _mean([row.get("evaluations") for row in rows]),
+        "seconds": seconds,
+        "real_time_factor": seconds / header["segment"] if seconds is not None else None,
         "memory_gib": max((row["memory_gib"] for row in rows if row.get("memory_gib") is not None), default=None),
     }
     for score in SCORES:

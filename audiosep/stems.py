@@ -15,16 +15,33 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from audiosep import audio
+from audiosep import audio, results
 from audiosep.errors import UsageError
 from audiosep.evaluate import score
 
-__all__ = ["score_folders"]
+__all__ = ["run", "score_folders"]
 
 # What separators write beside the stems.
 BESIDE = ("mixture", "mix", "residual")
 
 Progress = Callable[[int, int | None, str], None]
+
+
+def run(
+    estimates: str | Path,
+    references: str | Path,
+    out: str | Path | None = None,
+    progress: Progress | None = None,
+) -> list[dict[str, Any]]:
+    """`score_folders`, summarised; `out` is a folder for the summary's files."""
+    rows = score_folders(estimates, references, progress)
+    name, task = Path(estimates).name, Path(references).name
+    header = {"separator": name, "oracle": False, "task": task, "options": {}, "weights": {}}
+    header["labels"] = all(row["labels"] for row in rows)
+    summaries = results.summarise([(header, rows)])
+    if out is not None:
+        results.write(Path(out), summaries, {(name, task): rows}, {})
+    return summaries
 
 
 def score_folders(

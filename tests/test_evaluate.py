@@ -199,6 +199,18 @@ def test_an_oracle_is_given_the_references_and_marked(manifest):
     assert "| fake (oracle) |" in results.markdown([summary])
 
 
+def test_an_ideal_mask_is_an_oracle(manifest):
+    recipe = tables(manifest, count=2)
+    recipe["separators"]["ideal"] = {"type": "oracle"}
+    (summary,) = evaluate.run(recipe)
+    assert summary["oracle"]
+    assert 2 < summary["si_sdri"]["mean"] < 8  # of two noises, which overlap everywhere
+    assert summary["si_sdr"]["mean"] == summary["si_sdr_permuted"]["mean"]
+    recipe["separators"]["ideal"]["mask"] = "magic"
+    with pytest.raises(UsageError, match="mask is one of oracle-ratio-mask"):
+        evaluate.run(recipe)
+
+
 def test_several_separators_on_the_same_mixtures(manifest, tmp_path):
     recipe = tables(manifest, published={"paper": {"1speech+1sound": {"si_sdr_permuted": 14.31}}})
     recipe["separators"]["mixture"] = {"type": "unprocessed"}

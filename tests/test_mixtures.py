@@ -180,3 +180,27 @@ def test_the_scores_are_the_metric_of_the_files(manifest, tmp_path):
     assert rows[0]["si_sdr"] == [100, 100]
     expected = si_sdr(torch.from_numpy(soundfile.read(noisy)[0]), torch.from_numpy(wave))
     assert rows[1]["si_sdr"][1] == pytest.approx(expected.item(), abs=1e-3)
+
+
+def test_the_command_scores_folders(stems, capsys):
+    with pytest.raises(SystemExit) as leaving:
+        main(
+            [
+                "evaluate",
+                "--estimates",
+                str(stems / "made"),
+                "--references",
+                str(stems / "true"),
+                "-o",
+                str(stems / "o"),
+            ]
+        )
+    assert leaving.value.code == 0
+    assert "made" in capsys.readouterr().out
+    (summary,) = json.loads((stems / "o/summary.json").read_text())["summaries"]
+    assert summary["si_sdr"]["mean"] == pytest.approx(17, abs=0.1)
+    assert summary["seconds"] is None
+    with pytest.raises(SystemExit) as leaving:
+        main(["evaluate", "--estimates", str(stems / "made")])
+    assert leaving.value.code == 2
+    assert "go together" in capsys.readouterr().err

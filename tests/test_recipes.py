@@ -13,6 +13,7 @@ import soundfile
 import torch
 
 from audiosep import fit, recipe, train
+from audiosep.baselines import fit_nmf
 from audiosep.cli import main
 from audiosep.data import Item, MixtureDataset, SourceDataset, read_manifest
 
@@ -300,6 +301,11 @@ def test_own_voices_hold_out_whole_speakers(tmp_path, capsys):
 
 
 # TOML files
+
+
+def test_the_recipe_of_nmf_is_taken():
+    table = recipe.load(RECIPES / "unasdiff/nmf.toml")["nmf"]
+    assert set(table) <= set(inspect.signature(fit_nmf).parameters) - {"items", "classes", "progress"}
 
 
 TRAINED = {path: recipe.load(path) for path in sorted(RECIPES.glob("*/*.toml")) if "train" in recipe.load(path)}
