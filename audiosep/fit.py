@@ -81,11 +81,12 @@ def _fit_prior(tables: Mapping[str, Any], out: Path, **how: Any) -> dict[str, An
     windows = data.windows(data.train, (options.max_steps or FOREVER) * options.batch_size, options.seed, prior)
     probe = build(Probe, tables.get("probe", {}), "probe", data=data, prior=prior, folder=run_folder(out))
     card = build(_card, tables.get("card", {}), "card")
+    started = _started(tables.get("prior", {}).get("start"))
 
     def save(average: torch.nn.Module, facts: dict[str, Any]) -> None:
         assert isinstance(average, Prior)
         rows = train.read_log(run_folder(out))
-        facts = _facts(options, windows.segment, facts, average)
+        facts = _facts(options, windows.segment, facts, average) | started
         if windows.failed:
             facts["recordings left out, as they can't be decoded"] = len(windows.failed)
         hub.save_prior(average, out, {**data.card(), **card, "metrics": probe.metrics(rows), "training": facts})
@@ -209,6 +210,15 @@ def _start(prior: Prior, other: Prior, name: str) -> None:
     except RuntimeError as error:
         reason = str(error).splitlines()[1].strip()
         raise UsageError(f"prior.start: {name} is another network than the recipe's: {reason}") from error
+
+
+def _started(name: str | None) -> dict[str, Any]:
+    """What the card says of the checkpoint that training began with, and of its own training."""
+    if name is None:
+        return {}
+    config = hub.read_config(hub.find(name))
+    before = config.get("training", {}).get("steps")
+    return {"started from": f"{name} ({config['sha256'][:12]})", **({"steps before": before} if before else {})}
 
 
 def _named(makers: Mapping[str, Any], tables: Mapping[str, Any], table: str, default: str, **more: Any) -> Any:

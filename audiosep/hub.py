@@ -182,7 +182,8 @@ def save_prior(
     """Write a checkpoint folder; it appears under its name when it is complete.
 
     `card` may hold `title, description, licence, data, attribution` (text or list), `metrics` (a
-    list of rows, each a dict) and `training`; `licence, data, metrics` go into config.json too. A
+    list of rows, each a dict), `cost` (rows, too) and `training`; `licence, data, metrics, training` go into
+    config.json too. A
     checkpoint that lies there is replaced, another folder is not.
     """
     return _save(folder, prior.backbone, _config(prior, card), card, dtype)
@@ -567,6 +568,7 @@ def _config(prior: Prior, card: Mapping[str, Any]) -> dict[str, Any]:
         "licence": card.get("licence", "unknown"),
         "data": card.get("data", "unknown"),
         "metrics": card.get("metrics", []),
+        "training": card.get("training", {}),
     }
 
 
@@ -585,6 +587,7 @@ def _model_config(model: Any, card: Mapping[str, Any]) -> dict[str, Any]:
         "licence": card.get("licence", "unknown"),
         "data": card.get("data", "unknown"),
         "metrics": card.get("metrics", []),
+        "training": card.get("training", {}),
     }
 
 
@@ -637,8 +640,9 @@ def _card(config: Mapping[str, Any], card: Mapping[str, Any]) -> str:
     ]
     for heading, content in (
         ("Data", config["data"]),
-        ("Training", card.get("training")),
+        ("Training", config["training"]),
         ("Metrics", config["metrics"]),
+        ("Cost", card.get("cost")),
         ("Classes", ", ".join(config.get("classes", []))),
         ("Attribution", card.get("attribution")),
     ):
