@@ -26,6 +26,8 @@ class ARFlowVAE(VariationalSeparator):
     init: "auto", "sobi", "fastica" or "random"
         Where the unmixing starts. "auto" is SOBI's; with base="student_t" it is SOBI's or FastICA's, whichever the
         prior finds likelier.
+    n_init: int
+        Fits from as many random rotations, with init="random"; the one of the highest elbo_ is kept.
     posterior: "gp" or "native"
         What sources_ and sources_std_ are: the posterior under Gaussian processes fitted to the sources, or the
         encoder's mean and its learned deviation (which is no measure of the error).
@@ -58,6 +60,7 @@ class ARFlowVAE(VariationalSeparator):
         mixing: str = "linear",
         base: str = "normal",
         init: str = "auto",
+        n_init: int = 1,
         posterior: str = "gp",
         hidden: int = 8,
         beta: float = 0.1,
@@ -74,6 +77,7 @@ class ARFlowVAE(VariationalSeparator):
         self.mixing = mixing
         self.base = base
         self.init = init
+        self.n_init = n_init
         self.posterior = posterior
         self.hidden = hidden
         self.beta = beta

@@ -216,7 +216,7 @@ def tapered_spectrum(X: Array, fade: float = FADE) -> Array:
 
 
 def expected_power(column: Array, fade: float = FADE) -> Array:
-    """Expected |`tapered_spectrum`|^2, (T // 2 + 1,), of a process with these autocovariances (T,), with its leakage."""
+    """Expected |`tapered_spectrum`|^2, (T // 2 + 1,), of a process of these autocovariances (T,), leakage too."""
     samples = len(column)
     taper = _taper(samples, fade)
     seen = column * (toeplitz.correlate(taper, taper) / samples)
