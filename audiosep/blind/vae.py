@@ -234,8 +234,8 @@ class VariationalSeparator(LearnedSeparator):
         with double_precision():
             encoder = Map(rotation.to(z.device), self.mixing, self.mlp_units).to(z.device)
             decoder = Map(rotation.T.to(z.device), self.mixing, self.mlp_units).to(z.device)
-        log_q = nn.Parameter(torch.full((self.n_sources_,), math.log(self.beta / 2), dtype=torch.float64, device=z.device))
-        fit = _Fit(encoder, decoder, prior, log_q, name)
+        log_q = torch.full((self.n_sources_,), math.log(self.beta / 2), dtype=torch.float64, device=z.device)
+        fit = _Fit(encoder, decoder, prior, nn.Parameter(log_q), name)
         self._optimise(z, fit, start)
         fit.elbo = self._elbo(z, fit)
         return fit
@@ -257,8 +257,10 @@ class VariationalSeparator(LearnedSeparator):
             if isinstance(prior, nn.Module):
                 prior.to(z.device)
             s = (self._block(z) @ weight.to(z).T).T
-            prior.start_from(s)
-            likelihood = _fit_prior(prior, s)
+            likelihood = -math.inf
+            if name != "random":  # priors fitted to a random rotation's sources are all alike, and stay so
+                prior.start_from(s)
+                likelihood = _fit_prior(prior, s)
             if best is None or likelihood > best[0]:
                 best = likelihood, name, prior, weight
         assert best is not None
