@@ -22,7 +22,7 @@ class GPPrior(nn.Module):
         super().__init__()
         self.kernel = kernel
         self.jitter = jitter
-        self.log_length_scale = nn.Parameter(torch.linspace(math.log(4.0), math.log(60.0), sources))
+        self.log_length_scale = nn.Parameter(torch.full((sources,), math.log(10.0)))
 
     def column(self, samples: int) -> Tensor:
         """First columns of the covariances: (n, samples)."""

@@ -32,7 +32,7 @@ class KernelRegressionPrior(nn.Module):
     def __init__(self, sources: int, jitter: float = 1e-2) -> None:
         super().__init__()
         self.jitter = jitter
-        self.log_bandwidth = nn.Parameter(torch.linspace(math.log(2.0), math.log(15.0), sources))
+        self.log_bandwidth = nn.Parameter(torch.full((sources,), math.log(5.0)))
         self.log_variance = nn.Parameter(torch.full((sources,), math.log(0.1)))
         self.rho = nn.Parameter(torch.ones(sources))
 

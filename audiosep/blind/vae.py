@@ -171,6 +171,8 @@ class _Fit:
     prior: SourcePrior
     log_q: nn.Parameter  # (n,)
     init: str
+    beta: float
+    warm: float
     elbo: float = float("nan")
     curve: Array = field(default_factory=lambda: np.empty(0))
     traces: dict[str, Array] = field(default_factory=dict)
@@ -186,12 +188,13 @@ class _Fit:
 class VariationalSeparator(LearnedSeparator):
     """A separator that learns an encoder, a decoder and priors of the sources together. A subclass gives `_prior`."""
 
-    beta: float
-    warm: float
+    beta: float | None
+    warm: float | None
     learning_rate: float
     mlp_units: int
     block: int | None
     n_init: int = 1  # a parameter of those whose elbo_ compares starts
+    fits_random_starts = True  # Is the prior first fitted to the sources of a random rotation, which are much alike?
 
     def _check_options(self) -> None:
         super()._check_options()
@@ -216,38 +219,45 @@ class VariationalSeparator(LearnedSeparator):
         whitening = whiten_safely(X, kept)
         Z = whitening(X)
         z = torch.from_numpy(Z).to(device)
-        fits = [self._fit_from(start, z, Z, rng) for start in range(self._starts_to_train())]
+        fits = [self._fit_from(start, z, Z, rng) for start in range(self.n_init)]
         best = max(fits, key=lambda f: f.elbo)
         self.elbo_, self.init_, self.loss_curve_, self.traces_ = best.elbo, best.init, best.curve, best.traces
         self.n_iter_ = self.max_iter
         self._check_convergence()
         self._finish(X, z, whitening, best)
 
-    def _starts_to_train(self) -> int:
-        return self.n_init if self.init == "random" else 1
-
     def _iterations(self) -> int:
-        return self.max_iter * self._starts_to_train()
+        return self.max_iter * self.n_init
 
     def _fit_from(self, start: int, z: Tensor, Z: Array, rng: np.random.RandomState) -> _Fit:
-        prior, rotation, name = self._best_start(z, Z, rng)
+        prior, rotation, name = self._best_start(start, z, Z, rng)
+        beta, warm = self._levels(name)
         with double_precision():
             encoder = Map(rotation.to(z.device), self.mixing, self.mlp_units).to(z.device)
             decoder = Map(rotation.T.to(z.device), self.mixing, self.mlp_units).to(z.device)
-        log_q = torch.full((self.n_sources_,), math.log(self.beta / 2), dtype=torch.float64, device=z.device)
-        fit = _Fit(encoder, decoder, prior, nn.Parameter(log_q), name)
+        log_q = torch.full((self.n_sources_,), math.log(beta / 2), dtype=torch.float64, device=z.device)
+        fit = _Fit(encoder, decoder, prior, nn.Parameter(log_q), name, beta, warm)
         self._optimise(z, fit, start)
         fit.elbo = self._elbo(z, fit)
         return fit
 
-    def _best_start(self, z: Tensor, Z: Array, rng: np.random.RandomState) -> tuple[SourcePrior, Tensor, str]:
+    def _levels(self, start: str) -> tuple[float, float]:
+        """beta, and how many times it begins at, from a start of that name."""
+        assert self.beta is not None
+        assert self.warm is not None
+        return self.beta, self.warm
+
+    def _best_start(
+        self, number: int, z: Tensor, Z: Array, rng: np.random.RandomState
+    ) -> tuple[SourcePrior, Tensor, str]:
         """The prior that, fitted to the sources of a starting rotation, is likeliest; the rotation; its name.
 
         All rotations of white data have the same volume, so that the likelihoods compare.
         """
         best: tuple[float, str, SourcePrior, Tensor] | None = None
         seed = int(torch.randint(2**31, ()))
-        starts = self._rotations(Z[:, : self.n_sources_], rng)
+        white = Z[:, : self.n_sources_]
+        starts = {"random": _rotation("random", white, rng)} if number else self._rotations(white, rng)
         for name, rotation in starts.items():
             torch.manual_seed(seed)
             weight = torch.zeros(self.n_sources_, Z.shape[1], dtype=torch.float64)
@@ -258,7 +268,7 @@ class VariationalSeparator(LearnedSeparator):
                 prior.to(z.device)
             s = (self._block(z) @ weight.to(z).T).T
             likelihood = -math.inf
-            if name != "random":  # priors fitted to a random rotation's sources are all alike, and stay so
+            if name != "random" or self.fits_random_starts:
                 prior.start_from(s)
                 likelihood = _fit_prior(prior, s)
             if best is None or likelihood > best[0]:
@@ -274,7 +284,7 @@ class VariationalSeparator(LearnedSeparator):
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=rates, total_steps=self.max_iter + 1)
         curve, traces = [], []
         for step in range(self.max_iter):
-            loss = self._loss(z, fit, self._beta_at(step))
+            loss = self._loss(z, fit, self._beta_at(step, fit))
             optimiser.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 10.0)
@@ -287,9 +297,9 @@ class VariationalSeparator(LearnedSeparator):
         fit.curve = torch.stack(curve).cpu().numpy()
         fit.traces = {k: torch.stack([t[k] for t in traces]).cpu().numpy() for k in traces[0]}
 
-    def _beta_at(self, step: int) -> float:
+    def _beta_at(self, step: int, fit: _Fit) -> float:
         progress = min(1.0, 2 * step / self.max_iter)
-        return self.beta * self.warm ** (1 - progress)
+        return fit.beta * fit.warm ** (1 - progress)
 
     def _loss(self, z: Tensor, fit: _Fit, beta: float) -> Tensor:
         """J of a stretch of z, over a draw and its mirror image about the mean: the noise of odd order cancels."""
@@ -337,7 +347,7 @@ class VariationalSeparator(LearnedSeparator):
         mean = fit.encoder(z)
         for _ in range(draws):
             s = mean + torch.randn_like(mean) * (0.5 * fit.log_q).exp()
-            misfit = (z - fit.decoder(s)).square().sum() / self.beta + 0.5 * z.numel() * math.log(math.pi * self.beta)
+            misfit = (z - fit.decoder(s)).square().sum() / fit.beta + 0.5 * z.numel() * math.log(math.pi * fit.beta)
             total += float(fit.prior.log_prob(s.T).sum() - misfit)
         return total / draws + float(fit.entropy(len(z)))
 
