@@ -505,7 +505,7 @@ def blind(
     recording: Annotated[
         Path,
         typer.Argument(
-            help="Channels mixed at once: audio, csv, tsv, txt (a column each), npy or mat.", show_default=False
+            help="Channels mixed at once: audio, csv, tsv, txt (a column each), npy, mat, edf.", show_default=False
         ),
     ],
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the sources and report.html.")] = Path("sources"),
