@@ -44,7 +44,7 @@ models_app = typer.Typer(help="List, show, import, fetch and publish checkpoints
 app.add_typer(models_app, name="models")
 
 Preset = StrEnum("Preset", ["default", "published", "paper"])
-Sampler = StrEnum("Sampler", ["hybrid", "dsg", "dps", "analytical", "mmps"])
+Sampler = StrEnum("Sampler", ["hybrid", "dsg", "dps", "analytical", "mmps", "mmps-exact"])
 Method = StrEnum(
     "Method",
     [

@@ -19,6 +19,7 @@ LAYERS = {
     "progress": 0,
     "mixing": 1,
     "losses": 1,
+    "operators": 1,
     "data": 1,
     "report": 1,
     "backbones": 1,

@@ -1,0 +1,47 @@
+"""A perceptron for short vectors: points on a curve, small pictures.
+
+The input and sinusoids of the noise level go through `depth` layers of Linear, SiLU and layer normalisation.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import layer_norm, silu
+
+
+class MLP(nn.Module):
+    """Network of (x_t (B, N), t (B,)) -> (B, N).
+
+    Args:
+        dim: N.
+        width: of the hidden layers.
+        depth: how many of them.
+        embedding: sinusoids of the noise level.
+        period: steps of the schedule after which the slowest of them would repeat; the fastest has 2 pi steps.
+    """
+
+    num_classes = 0
+
+    def __init__(self, dim: int, width: int = 256, depth: int = 3, embedding: int = 64, period: float = 6e4) -> None:
+        super().__init__()
+        self.config: dict[str, Any] = {
+            "name": "mlp", "dim": dim, "width": width, "depth": depth, "embedding": embedding, "period": period
+        }  # fmt: skip
+        self.embedding, self.period = embedding, period
+        sizes = [dim + embedding] + [width] * depth
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:]))
+        self.out = nn.Linear(width, dim)
+
+    def forward(self, x_t: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        half = self.embedding // 2
+        exponent = torch.arange(half, device=x_t.device, dtype=x_t.dtype) / max(1, half - 1)
+        angle = t[:, None] * torch.exp(-math.log(self.period / (2 * math.pi)) * exponent)
+        h = torch.cat((x_t, angle.sin(), angle.cos()), -1)
+        for layer in self.layers:
+            h = silu(layer(h))
+            h = layer_norm(h, h.shape[-1:])
+        return self.out(h)
