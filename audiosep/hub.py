@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from audiosep import __version__
+from audiosep.backbones.mlp import MLP
 from audiosep.backbones.triple_path_unet import TriplePathUNet
 from audiosep.errors import ModelError
 from audiosep.prior import Prior
@@ -44,7 +45,7 @@ __all__ = [
 ]
 
 # A new backbone or schedule is one line here.
-BACKBONES: dict[str, Callable[..., nn.Module]] = {"triple_path_unet": TriplePathUNet}
+BACKBONES: dict[str, Callable[..., nn.Module]] = {"triple_path_unet": TriplePathUNet, "mlp": MLP}
 SCHEDULES: dict[str, Callable[..., Schedule]] = {"vp_linear": vp_linear, "ve": ve}
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"

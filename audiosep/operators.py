@@ -120,7 +120,9 @@ class Convolution(Operator):
 class Linear(Operator):
     """Any linear map given as two functions, (B, K, N) to (B, ...) and back."""
 
-    def __init__(self, n_sources: int, forward: Callable[[Tensor], Tensor], adjoint: Callable[[Tensor], Tensor]) -> None:
+    def __init__(
+        self, n_sources: int, forward: Callable[[Tensor], Tensor], adjoint: Callable[[Tensor], Tensor]
+    ) -> None:
         super().__init__(n_sources)
         self.forward, self.backward = forward, adjoint
 
@@ -179,6 +181,25 @@ class Chain(Operator):
 
     def rows(self, index: Index) -> Chain:
         return Chain(self.first.rows(index), self.then.rows(index))
+
+
+class Only(Operator):
+    """What an operator sees of source k alone, (B, 1, N) to (B, ...)."""
+
+    def __init__(self, operator: Operator, k: int) -> None:
+        super().__init__(1)
+        self.operator, self.k = operator, k
+
+    def __call__(self, x: Tensor) -> Tensor:
+        everything = x.new_zeros(len(x), self.operator.n_sources, x.shape[-1])
+        everything[:, self.k] = x[:, 0]
+        return self.operator(everything)
+
+    def adjoint(self, w: Tensor) -> Tensor:
+        return self.operator.adjoint(w)[:, self.k : self.k + 1]
+
+    def rows(self, index: Index) -> Only:
+        return Only(self.operator.rows(index), self.k)
 
 
 def dense(operator: Operator, length: int, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -6,6 +6,7 @@ The input and sinusoids of the noise level go through `depth` layers of Linear, 
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -29,11 +30,11 @@ class MLP(nn.Module):
     def __init__(self, dim: int, width: int = 256, depth: int = 3, embedding: int = 64, period: float = 6e4) -> None:
         super().__init__()
         self.config: dict[str, Any] = {
-            "name": "mlp", "dim": dim, "width": width, "depth": depth, "embedding": embedding, "period": period
+            "dim": dim, "width": width, "depth": depth, "embedding": embedding, "period": period
         }  # fmt: skip
         self.embedding, self.period = embedding, period
         sizes = [dim + embedding] + [width] * depth
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:]))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
         self.out = nn.Linear(width, dim)
 
     def forward(self, x_t: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:

@@ -47,6 +47,7 @@ class ExactMomentMatching(Sampler):
         corrections: Langevin steps at every level but the first.
         tau: their size.
         length: N, where y doesn't tell: None is y's last axis.
+        start_from: (B, K, N) sources that the initial state has in its noise; None: see `init`.
     """
 
     needs_gradient = True
@@ -63,6 +64,7 @@ class ExactMomentMatching(Sampler):
         corrections: int = 0,
         tau: float = 0.1,
         length: int | None = None,
+        start_from: Tensor | None = None,
         **options: Any,
     ) -> None:
         super().__init__(prior, **options)
@@ -75,14 +77,15 @@ class ExactMomentMatching(Sampler):
         if not (self.variance > 0).all():
             raise UsageError("the observation's noise has to be above 0 everywhere, at least -80 dB of the signal")
         self.direct, self.iterations, self.tolerance = direct, iterations, tolerance
-        self.tau, self.length = tau, length
+        self.tau, self.length, self.start_from = tau, length, start_from
 
     def start(self, y: Tensor, noise: Noise) -> Tensor:
-        """The initial state (B, K, N): noise, around the mixture's share where that is of the sources' kind."""
-        if self.init == "mixture" and y.ndim == 2 and self.length is None:
+        """The initial state (B, K, N)."""
+        if self.init == "mixture" and y.ndim == 2 and self.start_from is None:
             return super().start(y, noise)
-        like = y.new_empty(len(y), self.length or y.shape[-1])
-        return self.initial_alpha * self.initial_ratio * noise(len(self.prior), like)
+        eps = noise(len(self.prior), y.new_empty(len(y), self.length or y.shape[-1]))
+        mean = torch.zeros_like(eps) if self.start_from is None else self.start_from
+        return self.initial_alpha * (mean + self.initial_ratio * eps)
 
     def denoise(self, x_t: Tensor, y: Tensor, i: int) -> Tensor:
         """E[x_0 | x_t, y] (B, K, N)."""
@@ -143,9 +146,7 @@ def solve(covariance: Tensor, variance: Tensor, right: Tensor) -> Tensor:
     return scale * (vectors @ inner[..., None])[..., 0]
 
 
-def conjugate_gradients(
-    apply: Callable[[Tensor], Tensor], right: Tensor, iterations: int, tolerance: float
-) -> Tensor:
+def conjugate_gradients(apply: Callable[[Tensor], Tensor], right: Tensor, iterations: int, tolerance: float) -> Tensor:
     """Solve apply(w) = right (B, ...) for every row on its own.
 
     A row stays as it is once its residual is at most `tolerance` times its right side, or where `apply` turns out not
