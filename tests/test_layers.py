@@ -32,6 +32,7 @@ LAYERS = {
     "samplers": 3,
     "hub": 3,
     "separator": 4,
+    "multiview_start": 4,
     "batch": 5,
     "evaluate": 5,
     "doctor": 5,

@@ -130,9 +130,10 @@ class ExactMomentMatching(Sampler):
 
 
 def solve(covariance: Tensor, variance: Tensor, right: Tensor) -> Tensor:
-    """(covariance + diag(variance))^-1 right, with the eigenvalues that noise alone would have as the least.
+    """(covariance + diag(variance))^-1 right, where the covariance is one.
 
-    Learned denoisers have Jacobians that are neither symmetric nor positive: what isn't is left out.
+    A learned denoiser's Jacobian is neither symmetric nor positive. In a direction whose variance comes out negative
+    nothing is known to move, and the answer is 0 there: 1 / variance would be huge, and what it multiplies not zero.
 
     Args:
         covariance: (B, M, M).
@@ -141,8 +142,9 @@ def solve(covariance: Tensor, variance: Tensor, right: Tensor) -> Tensor:
     """
     scale = variance.rsqrt()
     whitened = scale[:, :, None] * (covariance + covariance.mT) / 2 * scale[:, None]
-    values, vectors = torch.linalg.eigh(whitened)
-    inner = (vectors.mT @ (scale * right)[..., None])[..., 0] / (1 + values.clamp(min=0))
+    # A row that has diverged stays what it is, instead of failing all.
+    values, vectors = torch.linalg.eigh(whitened.nan_to_num(0.0, 0.0, 0.0))
+    inner = (vectors.mT @ (scale * right)[..., None])[..., 0] * (values > 0) / (1 + values.clamp(min=0))
     return scale * (vectors @ inner[..., None])[..., 0]
 
 

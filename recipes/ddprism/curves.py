@@ -17,16 +17,15 @@ import argparse
 import json
 import math
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from audiosep.backbones.mlp import MLP
-from audiosep.multiview import Plan, Source, Stage, View, learn
+from audiosep.multiview import Plan, learn
+from audiosep.multiview_start import Source, Stage, View
 from audiosep.operators import Matrix
 from audiosep.prior import Prior
 from audiosep.recipe import build, override
@@ -89,6 +88,7 @@ def main() -> None:
     parser.add_argument("--laps", type=int, default=8, help="per stage")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--f-mix", type=float, default=0.1)
+    parser.add_argument("--components", type=int, default=1, help="of the mixtures that the sources start as")
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0, help="of the curves")
     parser.add_argument("--set", dest="settings", action="append", default=[], metavar="NAME=VALUE", help="of the plan")
@@ -105,7 +105,7 @@ def main() -> None:
         name: Prior(MLP(N, options.width), ve(200, low, high), level=0.0, kind=name, parameterization="edm")
         for name in names
     }
-    sources = [Source(name, priors[name]) for name in names]
+    sources = [Source(name, priors[name], components=options.components) for name in names]
     began = time.monotonic()
     for lap in learn(views, sources, stages(options.setting, options.laps, options.rounds), plan, options.out):
         row: dict[str, Any] = {"stage": lap.stage, "lap": lap.lap, "minutes": round((time.monotonic() - began) / 60, 2)}
