@@ -162,15 +162,15 @@ def learn(
     for names in indistinct(views):
         log.warning("nothing in the views tells %s apart: weigh them differently in some view", " and ".join(names))
     seen = {view.name: view.masked() for view in views}
-    by_name = {source.name: source for source in sources}
+    trained = {source.name: source.prior for source in sources if source.prior is not None}
     state = _State(Path(folder), plan, stages)
     starts = state.starts(list(seen.values()), sources, stages)
     schedule = ve(plan.steps, plan.sigma_min, plan.sigma_max)
     priors = {name: start.prior(schedule) for name, start in starts.items()}
-    done = state.restore(by_name)
+    done = state.restore(trained)
     samples: dict[str, Tensor] = done.samples if done else {}
     for name in state.trained:
-        priors[name] = by_name[name].prior
+        priors[name] = trained[name]
     for number, stage in enumerate(stages):
         used = [seen[name] for name in stage.views]
         for lap in range(stage.laps + 1):
@@ -182,8 +182,8 @@ def learn(
             for name in stage.learn if lap else ():
                 rows = _of(name, used, samples)
                 seed = _seed(plan.seed, number, lap, name)
-                facts[f"loss/{name}"] = fit(by_name[name].prior, rows, plan, seed, state.folder / f"{name}.run")
-                priors[name] = by_name[name].prior
+                facts[f"loss/{name}"] = fit(trained[name], rows, plan, seed, state.folder / f"{name}.run")
+                priors[name] = trained[name]
                 state.trained.add(name)
             facts["training_s"] = round(time.monotonic() - start, 1)
             for view in used:
@@ -196,7 +196,7 @@ def learn(
                     facts |= {f"{key}/{view.name}": value for key, value in counts.items() if value}
             facts["seconds"] = round(time.monotonic() - start, 1)
             result = Lap(number, lap, dict(priors), samples, facts)
-            state.keep(result, by_name)
+            state.keep(result, trained)
             yield result
 
 
@@ -220,13 +220,16 @@ def check(views: Sequence[View], sources: Sequence[Source], stages: Sequence[Sta
             )
         if view.y.isinf().any():
             raise UsageError(f"view {view.name!r} holds infinite numbers; mark what was not observed as NaN")
-        row = view.operator.rows(slice(0, 1))
-        expected = row(torch.zeros(1, row.n_sources, length_of(sources, view))).shape[1:]
-        if expected != view.y.shape[1:]:
+        try:
+            one = torch.zeros_like(view.y[:1])
+            fits = view.operator.rows(slice(0, 1))(view.operator.rows(slice(0, 1)).adjoint(one)).shape == one.shape
+        except (RuntimeError, IndexError):
+            fits = False
+        if not fits:
             raise UsageError(
-                f"view {view.name!r}: the mixing gives {tuple(expected)} numbers per recording, "
-                f"the recordings have {tuple(view.y.shape[1:])}"
+                f"view {view.name!r}: the mixing does not give recordings of shape {tuple(view.y.shape[1:])}"
             )
+        _check_networks(view, [source for source in sources if source.name in view.sources])
     for source in sources:
         if not any(source.name in view.sources for view in views):
             raise UsageError(f"source {source.name!r} is in no view")
@@ -236,6 +239,18 @@ def check(views: Sequence[View], sources: Sequence[Source], stages: Sequence[Sta
         if lost or not set(stage.learn) <= held:
             what = f"no view {', '.join(sorted(lost))}" if lost else "its views lack a source that it learns"
             raise UsageError(f"stage that learns {', '.join(stage.learn)}: {what}")
+
+
+def _check_networks(view: View, sources: Sequence[Source]) -> None:
+    length = length_of(view)
+    for source in sources:
+        if source.prior is None:
+            raise UsageError(f"source {source.name!r} has no prior to train")
+        takes = getattr(source.prior.backbone, "config", {}).get("dim", length)
+        if takes != length:
+            raise UsageError(
+                f"view {view.name!r} has sources of {length} numbers, the network of {source.name!r} takes {takes}"
+            )
 
 
 def _drawn(stages: Sequence[Stage], view: str) -> bool:
@@ -482,18 +497,18 @@ class _State:
             starts[name] = Mixture(**parts) if "weights" in parts else Gaussian(**parts)
         return starts
 
-    def keep(self, lap: Lap, sources: Mapping[str, Source]) -> None:
+    def keep(self, lap: Lap, priors: Mapping[str, Prior]) -> None:
         """Put a lap on the disk."""
         tensors = {f"samples/{name}": value.contiguous() for name, value in lap.samples.items()}
         for name in self.trained:
-            for key, value in sources[name].prior.backbone.state_dict().items():
+            for key, value in priors[name].backbone.state_dict().items():
                 tensors[f"weights/{name}/{key}"] = value.detach().cpu().contiguous()
         facts = {"stage": lap.stage, "lap": lap.lap, "facts": lap.facts, "trained": sorted(self.trained)}
         _write(self.folder / "lap.safetensors", tensors, facts)
         with (self.folder / LOG).open("a") as file:
             file.write(json.dumps({"stage": lap.stage, "lap": lap.lap, **lap.facts}) + "\n")
 
-    def restore(self, sources: Mapping[str, Source]) -> Lap | None:
+    def restore(self, priors: Mapping[str, Prior]) -> Lap | None:
         """The last lap that was done, with its weights put back."""
         path = self.folder / "lap.safetensors"
         if not path.exists():
@@ -503,8 +518,8 @@ class _State:
         for name in self.trained:
             start = f"weights/{name}/"
             weights = {key.removeprefix(start): value for key, value in tensors.items() if key.startswith(start)}
-            sources[name].prior.backbone.load_state_dict(weights)
-            sources[name].prior.eval().requires_grad_(False)
+            priors[name].backbone.load_state_dict(weights)
+            priors[name].eval().requires_grad_(False)
         samples = {k.removeprefix("samples/"): v for k, v in tensors.items() if k.startswith("samples/")}
         return Lap(facts["stage"], facts["lap"], {}, samples, facts["facts"])
 

@@ -68,7 +68,7 @@ class Source:
 
     Args:
         name: as the views call it.
-        prior: untrained; it is trained in place.
+        prior: untrained; it is trained in place. None for what needs no more than the start.
         covariance: of its Gaussian start: "full", "low_rank" (plus a multiple of the identity) or "stationary".
         rank: of "low_rank".
         centred: its mean is 0, as that of sound is.
@@ -76,7 +76,7 @@ class Source:
     """
 
     name: str
-    prior: Prior
+    prior: Prior | None = None
     covariance: str = "full"
     rank: int = 2
     centred: bool = False
@@ -102,12 +102,9 @@ class Stage:
     laps: int
 
 
-def length_of(sources: Sequence[Source], view: View) -> int:
-    """N: what the sources' networks say, or as long as the recordings."""
-    sizes = {dim for source in sources if (dim := getattr(source.prior.backbone, "config", {}).get("dim"))}
-    if len(sizes) > 1:
-        raise UsageError(f"the sources' networks are for vectors of {sorted(sizes)} numbers; they have to agree")
-    return sizes.pop() if sizes else view.y.shape[-1]
+def length_of(view: View) -> int:
+    """N of a view's sources."""
+    return view.operator.rows(slice(0, 1)).adjoint(torch.zeros_like(view.y[:1])).shape[-1]
 
 
 # Gaussians
@@ -142,7 +139,7 @@ def fit_gaussians(
         isinstance(view.operator, Mixing) and view.operator.matrix.ndim == 2 for view in views
     ):
         return _fit_spectra(views, sources, laps, tolerance)
-    length = length_of(sources, views[0])
+    length = length_of(views[0])
     scale = sum(view.y.double().square().mean() for view in views) / len(views)
     found = {
         source.name: Gaussian(torch.zeros(length, dtype=torch.float64), scale * torch.eye(length, dtype=torch.float64))
@@ -351,7 +348,7 @@ def fit_mixtures(
     The stages are gone through in turn; sources that a stage does not learn stay as they are. A stage's sources begin
     as one Gaussian and are cut in two until they have their number, with `laps` laps after each cut.
     """
-    length = length_of(sources, views[0])
+    length = length_of(views[0])
     maps = {view.name: dense(view.operator, length) for view in views}
     wanted = {source.name: source.components for source in sources}
     one = torch.ones(1, dtype=torch.float64)

@@ -107,11 +107,7 @@ def test_spectra_are_recovered_and_agree_with_the_dense_way():
     # A mask that hides nothing sends it through the dense path: the same likelihood after the same laps.
     hidden = [View(v.name, v.sources, v.y.clone(), v.operator, v.noise) for v in views]
     hidden[0].y[0, 0, 5] = torch.nan
-    n = views[0].y.shape[-1]
-    dense_sources = [
-        Source(s.name, Prior(MLP(n), ve(), parameterization="edm"), "stationary", centred=True) for s in sources
-    ]
-    other, _ = fit_gaussians([v.masked() for v in hidden], dense_sources, 60)
+    other, _ = fit_gaussians([v.masked() for v in hidden], sources, 60)
     for name, spectrum in found.items():
         bins = torch.fft.rfft(other[name].covariance[0]).real
         assert (bins - spectrum.covariance).norm() / bins.norm() < 0.01
@@ -295,6 +291,11 @@ def test_laps_draw_what_explains_the_recordings(tmp_path):
     assert all(isinstance(last.priors[name], Prior) for name in ("a", "b"))
 
 
+def test_a_source_without_a_network_can_not_be_trained():
+    with pytest.raises(UsageError, match="'a' has no prior"):
+        check(contrastive(4), [Source("a"), source("b")], [])
+
+
 def test_what_diverges_is_drawn_again_then_left_out_and_counted():
     class Diverges:
         def __init__(self, prior, times):
@@ -331,7 +332,8 @@ def test_what_diverges_is_drawn_again_then_left_out_and_counted():
         ({"noise": 0.0}, "noise has to be above 0"),
         ({"noise": torch.tensor([0.1, 0.0, 0.1])}, "noise has to be above 0"),
         ({"sources": ("a", "c")}, "has c: no such source"),
-        ({"y": torch.zeros(4, 2)}, r"mixing gives \(3,\) numbers per recording, the recordings have \(2,\)"),
+        ({"y": torch.zeros(4, 2)}, r"mixing does not give recordings of shape \(2,\)"),
+        ({"operator": Matrix(torch.zeros(2, M, 7))}, "sources of 7 numbers, the network of 'a' takes 5"),
         ({"y": torch.full((4, 3), torch.inf)}, "infinite"),
     ],
 )
