@@ -147,6 +147,10 @@ def separate(
     sampler: SamplerOption = None,
     preset: PresetOption = Preset.default,
     samples: Samples = None,
+    mixing: Annotated[
+        Path | None,
+        typer.Option(help="Known gains: a CSV file, a row per channel, a column per source as --sources names them."),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same stems.")] = 0,
     dtype: Annotated[Dtype, typer.Option(help="Number format of the network.")] = Dtype.auto,
     format: Annotated[str, typer.Option(help="Format of the stems: wav, flac, ogg, opus, mp3, aiff, w64, ...")] = "wav",
@@ -200,6 +204,7 @@ def separate(
             _refuse_both(report, "--report", True, "-o -")
         stack.enter_context(_logging(shown, verbose=verbose, quiet=quiet))
 
+        from audiosep.mixing import read_mixing
         from audiosep.separator import Separator
 
         separator: Any = Separator.from_pretrained(
@@ -213,6 +218,7 @@ def separate(
             overlap=overlap,
             samples=samples,
             seed=seed,
+            mixing=mixing and read_mixing(mixing),
         )
         stems = separator.source_names(options.sources)
         todo, failures = batch.plan(inputs, stems, options)

@@ -82,13 +82,7 @@ class gaussian_em:
 
     def prior(self, rows: int, generator: torch.Generator) -> Tensor:
         """Samples of the last source."""
-        return _normal(list(self.found.values())[-1], rows, generator)
-
-
-def _normal(gaussian: Gaussian, rows: int, generator: torch.Generator) -> Tensor:
-    values, vectors = torch.linalg.eigh(gaussian.covariance)
-    white = torch.randn(rows, len(values), generator=generator, dtype=torch.float64)
-    return gaussian.mean + white @ (vectors * values.clamp(min=0).sqrt()).T
+        return list(self.found.values())[-1].sample(rows, generator)
 
 
 class CLVMLinear:

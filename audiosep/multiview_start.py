@@ -117,6 +117,14 @@ class Gaussian:
     mean: Tensor
     covariance: Tensor
 
+    def sample(self, rows: int, generator: torch.Generator) -> Tensor:
+        """Rows (rows, N) of it."""
+        if self.covariance.ndim == 1:
+            white = torch.fft.rfft(torch.randn(rows, len(self.mean), generator=generator, dtype=torch.float64))
+            return torch.fft.irfft(white * self.covariance.sqrt(), n=len(self.mean))
+        white = torch.randn(rows, len(self.mean), generator=generator, dtype=torch.float64)
+        return self.mean + white @ _root(self.covariance).mT
+
     def prior(self, schedule: Schedule) -> Denoiser:
         """It as a prior."""
         if self.covariance.ndim == 1:
@@ -318,6 +326,12 @@ class Mixture:
     weights: Tensor
     means: Tensor
     covariances: Tensor
+
+    def sample(self, rows: int, generator: torch.Generator) -> Tensor:
+        """Rows (rows, N) of it."""
+        picks = torch.multinomial(self.weights, rows, True, generator=generator)
+        white = torch.randn(rows, self.means.shape[1], 1, generator=generator, dtype=torch.float64)
+        return self.means[picks] + (_root(self.covariances)[picks] @ white)[..., 0]
 
     def prior(self, schedule: Schedule) -> Denoiser:
         """It as a prior."""
