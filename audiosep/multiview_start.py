@@ -464,30 +464,65 @@ class _Choices:
         return self.share.sum([0, *axes]), pull, square
 
 
+class _SharedChoices:
+    """The same for recordings that share their maps: a choice's covariance is one matrix (M, M) for all of them.
+
+    Its moments are summed over the recordings, with an axis of length 1 in their place.
+    """
+
+    def __init__(self, left: Tensor, covariance: Tensor, log_weights: Tensor) -> None:
+        lower = torch.linalg.cholesky(covariance)  # (J_1, ..., J_K, M, M), and left is (B, J_1, ..., J_K, M)
+        self.inverse = torch.cholesky_inverse(lower)
+        self.w = torch.einsum("...mn,b...n->b...m", self.inverse, left)
+        half = lower.diagonal(dim1=-2, dim2=-1).log().sum(-1) + 0.5 * left.shape[-1] * math.log(2 * math.pi)
+        score = log_weights - half - 0.5 * (left * self.w).sum(-1)
+        self.evidence = torch.logsumexp(score.flatten(1), 1)
+        self.share = (score - self.evidence.view(-1, *[1] * (score.ndim - 1))).exp()
+
+    def moments(self, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        axes = [j for j in range(self.share.ndim - 1) if j != k]
+        total = self.share.sum(0)  # (J_1, ..., J_K)
+        weighed = (self.share[..., None] * self.w).movedim(1 + k, 0).flatten(1, -2)  # (J_k, B ..., M)
+        square = weighed.mT @ self.w.movedim(1 + k, 0).flatten(1, -2)
+        inverse = total[..., None, None] * self.inverse
+        inverse = inverse.sum(axes) if axes else inverse
+        return total.sum(axes) if axes else total, weighed.sum(1)[None], (square - inverse)[None]
+
+
 def _dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
     return sum((x * y for x, y in zip(a, b, strict=True)), torch.zeros((), dtype=torch.float64))
 
 
-def _cases(view: View, maps: Tensor, found: Mapping[str, Mixture]) -> Iterator[tuple[Tensor, Tensor, _Choices]]:
-    """Maps (B, K, M, N), recordings (B, M) and their choices, some recordings at a time."""
+def _cases(
+    view: View, maps: Tensor, found: Mapping[str, Mixture]
+) -> Iterator[tuple[Tensor, Tensor, _Choices | _SharedChoices]]:
+    """Maps (B or 1, K, M, N), recordings (B, M) and their choices, some recordings at a time."""
     mixtures = [found[name] for name in view.sources]
     noise = (torch.as_tensor(view.noise, dtype=torch.float64) ** 2).expand(view.y.shape[1:]).flatten()
-    count = max(1, CHOICES // math.prod(len(mixture.weights) for mixture in mixtures))
+    choices, ones = math.prod(len(mixture.weights) for mixture in mixtures), [1] * len(mixtures)
+    places = [[*ones[:k], len(mixture.weights), *ones[k + 1 :]] for k, mixture in enumerate(mixtures)]
+    logs = [mixture.weights.log().view(1, *place) for mixture, place in zip(mixtures, places)]
+    log_weights = sum(logs[1:], logs[0])
+    size = len(noise)
+    count = max(1, CHOICES // (choices * size if len(maps) == 1 else choices))
     for first in range(0, len(view.y), count):
         y = view.y[first : first + count].double().flatten(1)
-        a = maps[first : first + count] if len(maps) > 1 else maps.expand(len(y), -1, -1, -1)
-        means, covariances, log_weights = [], [], torch.zeros((), dtype=torch.float64)
-        for k, mixture in enumerate(mixtures):
-            place = [1] * k + [len(mixture.weights)] + [1] * (len(mixtures) - k - 1)
-            means.append(torch.einsum("bmn,jn->mbj", a[:, k], mixture.means).unflatten(-1, place))
-            seen = torch.einsum("bmn,jno,bpo->mpbj", a[:, k], mixture.covariances, a[:, k])
-            covariances.append(seen.unflatten(-1, place))
-            log_weights = log_weights + mixture.weights.log().view(1, *place)
-        size, ones = y.shape[1], [1] * len(mixtures)
+        a = maps[first : first + count] if len(maps) > 1 else maps
+        means = [
+            torch.einsum("bmn,jn->mbj", a[:, k], mixture.means).unflatten(-1, places[k])
+            for k, mixture in enumerate(mixtures)
+        ]
+        seen = [
+            torch.einsum("bmn,jno,bpo->mpbj", a[:, k], mixture.covariances, a[:, k]).unflatten(-1, places[k])
+            for k, mixture in enumerate(mixtures)
+        ]
         left = [y[:, m].view(-1, *ones) - sum(mean[m] for mean in means) for m in range(size)]
+        if len(maps) == 1:
+            whole = sum(seen[1:], seen[0])[:, :, 0].movedim((0, 1), (-2, -1)) + torch.diag(noise)
+            yield a, y, _SharedChoices(torch.stack(left, -1), whole, log_weights)
+            continue
         covariance = [
-            [sum(c[i, j] for c in covariances) + (noise[i] if i == j else 0.0) for j in range(i + 1)]
-            for i in range(size)
+            [sum(c[i, j] for c in seen) + (noise[i] if i == j else 0.0) for j in range(i + 1)] for i in range(size)
         ]
         yield a, y, _Choices(left, covariance, log_weights)
 

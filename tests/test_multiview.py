@@ -194,6 +194,18 @@ def test_a_mixture_of_equals_is_one_of_them():
     assert torch.allclose(twice["a"].prior(schedule).denoise(x, t), known["a"].prior(schedule).denoise(x, t))
 
 
+def test_recordings_that_share_their_maps_are_treated_as_if_each_had_its_own():
+    views, _, _ = corners(80)
+    views = [View(v.name, v.sources, v.y, Matrix(v.operator.matrix[:1].expand(80, -1, -1, -1)), v.noise) for v in views]
+    shared = [View(v.name, v.sources, v.y, Matrix(v.operator.matrix[0]), v.noise) for v in views]
+    sources = [source("a", components=2), source("b", components=2)]
+    stages = [Stage(("a", "b"), ("view 1", "view 2"), 1)]
+    one, other = (fit_mixtures(each, sources, stages, 3) for each in (views, shared))
+    for name in one:
+        assert torch.allclose(one[name].means, other[name].means, rtol=1e-4, atol=1e-5)
+        assert torch.allclose(one[name].covariances, other[name].covariances, rtol=1e-3, atol=1e-5)
+
+
 def test_a_split_component_keeps_its_moments():
     gaussian = gaussians()["a"]
     halves = Mixture(torch.ones(1).double(), gaussian.mean[None], gaussian.covariance[None]).split(2)
