@@ -421,6 +421,42 @@ def blind(
             shown.result(path)
 
 
+@app.command("learn")
+def learn_command(
+    views: Annotated[Path, typer.Argument(help="Sources and views: a TOML file, see recipes/ddprism.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the checkpoints, one per source.")] = Path(
+        "priors"
+    ),
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Change a value of the file; may be repeated."),
+    ] = None,
+    device: Annotated[str, typer.Option("-d", "--device", help="cpu or cuda.")] = "cpu",
+    progress: Annotated[Progress, typer.Option(help="Progress on stderr.")] = Progress.auto,
+    verbose: Verbose = False,
+    as_json: AsJson = False,
+) -> None:
+    """Learn priors of sources that were never recorded alone.
+
+    Prints the checkpoints, for `separate -n`, and a page. The same command goes on with a run that was stopped.
+    """
+    from audiosep.progress import display
+
+    shown = display(progress)
+    with _errors(verbose, shown), _logging(shown, verbose=verbose):
+        from audiosep import learn
+        from audiosep.recipe import load
+
+        with shown:
+            facts = learn.run(load(views, settings or []), out, device=device, progress=shown.file(views.name))
+            shown.ended(views.name)
+        if as_json:
+            print(json.dumps(facts))
+            return
+        for path in [*facts["checkpoints"], facts["page"]]:
+            shown.result(path)
+
+
 @models_app.command("list")
 def models_list(as_json: AsJson = False, verbose: Verbose = False) -> None:
     """The checkpoints that ship with audiosep."""

@@ -39,6 +39,7 @@ LAYERS = {
     "multiview": 5,
     "multiview_baselines": 5,
     "fit": 6,
+    "learn": 6,
     "cli": 7,
     "__main__": 8,
 }

@@ -1,6 +1,7 @@
 """A perceptron for short vectors: points on a curve, small pictures.
 
-The input and sinusoids of the noise level go through `depth` layers of Linear, SiLU and layer normalisation.
+The input and sinusoids of the noise level go through `depth` layers of Linear, SiLU and layer normalisation. A longer
+signal is cut into vectors that know nothing of each other; the last is filled up with zeros.
 """
 
 from __future__ import annotations
@@ -11,14 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import layer_norm, silu
+from torch.nn.functional import layer_norm, pad, silu
 
 
 class MLP(nn.Module):
-    """Network of (x_t (B, N), t (B,)) -> (B, N).
+    """Network of (x_t (B, T), t (B,)) -> (B, T).
 
     Args:
-        dim: N.
+        dim: numbers of a vector.
         width: of the hidden layers.
         depth: how many of them.
         embedding: sinusoids of the noise level.
@@ -32,12 +33,16 @@ class MLP(nn.Module):
         self.config: dict[str, Any] = {
             "dim": dim, "width": width, "depth": depth, "embedding": embedding, "period": period
         }  # fmt: skip
-        self.embedding, self.period = embedding, period
+        self.dim, self.embedding, self.period = dim, embedding, period
         sizes = [dim + embedding] + [width] * depth
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
         self.out = nn.Linear(width, dim)
 
     def forward(self, x_t: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        if x_t.shape[-1] != self.dim:
+            rows = pad(x_t, (0, -x_t.shape[-1] % self.dim)).unflatten(-1, (-1, self.dim))
+            flat = self(rows.flatten(0, 1), t.repeat_interleave(rows.shape[1]))
+            return flat.view(len(x_t), -1)[:, : x_t.shape[-1]]
         half = self.embedding // 2
         exponent = torch.arange(half, device=x_t.device, dtype=x_t.dtype) / max(1, half - 1)
         angle = t[:, None] * torch.exp(-math.log(self.period / (2 * math.pi)) * exponent)
