@@ -187,8 +187,8 @@ def main() -> None:
         for view in views:
             if view.name in lap.samples:
                 for k, name in enumerate(view.sources):
-                    score = psnr(lap.samples[view.name][:, k], truth[view.name][:, k])
-                    row[f"psnr/{name} in view {view.name}"] = round(score, 3)
+                    found = psnr(lap.samples[view.name][:, k], truth[view.name][:, k])
+                    row[f"psnr/{name} in view {view.name}"] = round(found, 3)
         row |= lap.facts
         print(json.dumps(row), flush=True)
         with (options.out / "scores.jsonl").open("a") as file:
