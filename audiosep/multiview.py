@@ -163,7 +163,7 @@ def learn(
         log.warning("nothing in the views tells %s apart: weigh them differently in some view", " and ".join(names))
     seen = {view.name: view.masked() for view in views}
     trained = {source.name: source.prior for source in sources if source.prior is not None}
-    state = _State(Path(folder), plan, stages)
+    state = _State(Path(folder), plan, views, sources, stages)
     starts = state.starts(list(seen.values()), sources, stages)
     schedule = ve(plan.steps, plan.sigma_min, plan.sigma_max)
     priors = {name: start.prior(schedule) for name, start in starts.items()}
@@ -472,15 +472,23 @@ def fit(prior: Prior, rows: Tensor, plan: Plan, seed: int, folder: Path) -> floa
 class _State:
     """The folder of a run."""
 
-    def __init__(self, folder: Path, plan: Plan, stages: Sequence[Stage]) -> None:
+    def __init__(
+        self, folder: Path, plan: Plan, views: Sequence[View], sources: Sequence[Source], stages: Sequence[Stage]
+    ) -> None:
         self.folder, self.plan = folder, plan
         self.trained: set[str] = set()
         folder.mkdir(parents=True, exist_ok=True)
         own = {key: value for key, value in vars(plan).items() if key != "device"}
-        about = json.loads(json.dumps({"plan": own, "learn": [stage.learn for stage in stages]}))
+        about = {
+            "plan": own,
+            "learn": [stage.learn for stage in stages],
+            "views": {view.name: [*view.y.shape, round(float(view.y.nan_to_num(0.0).sum()), 3)] for view in views},
+            "sources": {s.name: [s.covariance, s.rank, s.centred, s.components] for s in sources},
+        }
+        about = json.loads(json.dumps(about))
         path = folder / "run.json"
         if path.exists() and json.loads(path.read_text()) != about:
-            raise UsageError(f"{folder} holds a run with another plan; choose another folder")
+            raise UsageError(f"{folder} holds a run with another plan or other recordings; choose another folder")
         path.write_text(json.dumps(about, indent=2) + "\n")
 
     def starts(self, views: Sequence[View], sources: Sequence[Source], stages: Sequence[Stage]) -> dict[str, Start]:

@@ -290,6 +290,10 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path):
     assert [(row["stage"], row["lap"]) for row in rows] == [(lap.stage, lap.lap) for lap in whole]
     with pytest.raises(UsageError, match="another plan"):
         next(learn(*tiny(tau=0.2), tmp_path / "parts"))
+    views, *rest = tiny()
+    views[0].y[0] += 1
+    with pytest.raises(UsageError, match="other recordings"):
+        next(learn(views, *rest, tmp_path / "parts"))
 
 
 def test_laps_draw_what_explains_the_recordings(tmp_path):
@@ -368,6 +372,14 @@ def test_sources_and_stages_that_do_not_fit_are_refused():
         source("a", covariance="diagonal")
     with pytest.raises(UsageError, match="gibs"):
         Plan(method="gibs")
+
+
+def test_a_perceptron_takes_a_longer_signal_vector_by_vector():
+    net = source("a").prior.backbone
+    x, t = torch.randn(2, 2 * N + 1), torch.tensor([3.0, 7.0])
+    filled = torch.nn.functional.pad(x, (0, N - 1))
+    parts = [net(part, t) for part in filled.split(N, 1)]
+    assert torch.allclose(net(x, t), torch.cat(parts, 1)[:, : 2 * N + 1], atol=1e-6)
 
 
 def test_normal_prior_is_the_conditional_mean():
