@@ -44,7 +44,7 @@ models_app = typer.Typer(help="List, show, import, fetch and publish checkpoints
 app.add_typer(models_app, name="models")
 
 Preset = StrEnum("Preset", ["default", "published", "paper"])
-Sampler = StrEnum("Sampler", ["hybrid", "dsg", "dps", "analytical", "mmps"])
+Sampler = StrEnum("Sampler", ["hybrid", "dsg", "dps", "analytical", "mmps", "mmps-exact"])
 Method = StrEnum(
     "Method",
     [
@@ -148,6 +148,10 @@ def separate(
     sampler: SamplerOption = None,
     preset: PresetOption = Preset.default,
     samples: Samples = None,
+    mixing: Annotated[
+        Path | None,
+        typer.Option(help="Known gains: a CSV file, a row per channel, a column per source as --sources names them."),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same stems.")] = 0,
     dtype: Annotated[Dtype, typer.Option(help="Number format of the network.")] = Dtype.auto,
     format: Annotated[str, typer.Option(help="Format of the stems: wav, flac, ogg, opus, mp3, aiff, w64, ...")] = "wav",
@@ -202,6 +206,7 @@ def separate(
         stack.enter_context(_logging(shown, verbose=verbose, quiet=quiet))
 
         from audiosep.direct import load
+        from audiosep.mixing import read_mixing
 
         separator: Any = load(
             _split(model),
@@ -214,6 +219,7 @@ def separate(
             overlap=overlap,
             samples=samples,
             seed=seed,
+            mixing=mixing and read_mixing(mixing),
         )
         stems = separator.source_names(options.sources)
         todo, failures = batch.plan(inputs, stems, options)
@@ -548,6 +554,42 @@ def blind(
             print(json.dumps(facts))
             return
         for path in [*facts["files"], facts["page"]]:
+            shown.result(path)
+
+
+@app.command("learn")
+def learn_command(
+    views: Annotated[Path, typer.Argument(help="Sources and views: a TOML file, see recipes/ddprism.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the checkpoints, one per source.")] = Path(
+        "priors"
+    ),
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Change a value of the file; may be repeated."),
+    ] = None,
+    device: Annotated[str, typer.Option("-d", "--device", help="cpu or cuda.")] = "cpu",
+    progress: Annotated[Progress, typer.Option(help="Progress on stderr.")] = Progress.auto,
+    verbose: Verbose = False,
+    as_json: AsJson = False,
+) -> None:
+    """Learn priors of sources that were never recorded alone.
+
+    Prints the checkpoints, for `separate -n`, and a page. The same command goes on with a run that was stopped.
+    """
+    from audiosep.progress import display
+
+    shown = display(progress)
+    with _errors(verbose, shown), _logging(shown, verbose=verbose):
+        from audiosep import learn
+        from audiosep.recipe import load
+
+        with shown:
+            facts = learn.run(load(views, settings or []), out, device=device, progress=shown.file(views.name))
+            shown.ended(views.name)
+        if as_json:
+            print(json.dumps(facts))
+            return
+        for path in [*facts["checkpoints"], facts["page"]]:
             shown.result(path)
 
 

@@ -34,7 +34,10 @@ from audiosep.separator import (
 __all__ = ["Direct", "Model", "load"]
 
 # What only a sampler has, and the values that ask for nothing.
-SAMPLERS_OWN = {"preset": "default", "sampler": None, "steps": None, "samples": None, "seed": None}
+SAMPLERS_OWN: dict[str, str | None] = {
+    "preset": "default",
+    **dict.fromkeys(("sampler", "steps", "samples", "seed", "sampling", "mixing", "checkpointing")),
+}
 
 # Methods without a checkpoint.
 WITHOUT_WEIGHTS = {"spectral-gating": SpectralGating}
@@ -94,7 +97,7 @@ class Direct(Separator):
         self.segment, self.overlap, self.consistent = segment or SEGMENT, overlap, consistent
         self.batch = batch or (1 if self.device.type == "cpu" else 16)
         self.dtype = choose_dtype("float32" if dtype == "auto" else dtype, self.device)
-        self.samples, self.seed, self.rank = 1, 0, False
+        self.samples, self.seed, self.rank, self.mixing = 1, 0, False, None
 
     def resolve(self, sources: Sequence[str] | None) -> list[Source]:
         """Look source names up: a model knows those that it was made for."""

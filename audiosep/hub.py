@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from audiosep import __version__
 from audiosep.backbones.diffwave import DiffWave
+from audiosep.backbones.mlp import MLP
 from audiosep.backbones.triple_path_unet import TriplePathUNet
 from audiosep.baselines import NMF
 from audiosep.errors import ModelError
@@ -54,7 +55,7 @@ __all__ = [
 ]
 
 # A new backbone, schedule or supervised network is one line here.
-BACKBONES: dict[str, Callable[..., nn.Module]] = {"triple_path_unet": TriplePathUNet, "diffwave": DiffWave}
+BACKBONES: dict[str, Callable[..., nn.Module]] = {"triple_path_unet": TriplePathUNet, "diffwave": DiffWave, "mlp": MLP}
 SCHEDULES: dict[str, Callable[..., Schedule]] = {"vp_linear": vp_linear, "ve": ve}
 NETWORKS: dict[str, Callable[..., nn.Module]] = {"conv_tasnet": ConvTasNet, "tf_locoformer": TFLocoformer}
 

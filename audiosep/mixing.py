@@ -5,13 +5,28 @@ Sources are (..., K, N) on their own axis, mixtures (..., N).
 
 from __future__ import annotations
 
+import os
 from itertools import permutations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from audiosep.errors import UsageError
 from audiosep.stft import istft, stft
+
+
+def read_mixing(path: str | os.PathLike[str]) -> np.ndarray:
+    """A mixing matrix (C, K) from a CSV file without a header; UsageError when it is none."""
+    try:
+        matrix = np.loadtxt(path, delimiter=",", ndmin=2)
+    except FileNotFoundError as error:
+        raise UsageError(f"{path}: no such mixing matrix") from error
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: a mixing matrix is rows of numbers with commas between: {error}") from error
+    if not matrix.size or not np.isfinite(matrix).all():
+        raise UsageError(f"{path}: a mixing matrix holds finite numbers, at least one")
+    return matrix
 
 
 def mix(sources: Tensor) -> Tensor:

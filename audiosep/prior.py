@@ -256,3 +256,60 @@ class GaussianPrior:
         spectrum = placed(self.spectrum, x_t)
         gain = spectrum / (spectrum + placed(ratio, x_t)[:, None] ** 2)
         return torch.fft.irfft(gain * torch.fft.rfft(x_t / alpha), n=x_t.shape[-1])
+
+
+class NormalPrior:
+    """A Gaussian source of any mean and covariance, exact like `GaussianPrior`.
+
+    E[x_0 | x] = mu + C (C + s^2)^-1 (x - mu) for x = x_t / alpha.
+
+    Args:
+        mean: (N,).
+        covariance: (N, N).
+        schedule: the steps that `denoise` counts in by default.
+    """
+
+    def __init__(self, mean: Tensor, covariance: Tensor, schedule: Schedule) -> None:
+        self.mean, self.covariance, self.schedule = mean, covariance, schedule
+        values, self.vectors = torch.linalg.eigh(covariance)
+        self.values = values.clamp(min=0)
+
+    def denoise(self, x_t: Tensor, t: Tensor, label: Tensor | None = None, schedule: Schedule | None = None) -> Tensor:
+        """Exact E[x_0 | x_t], (B, N)."""
+        asked = schedule or self.schedule
+        ratio = placed(asked.ratio_at(t), x_t)[:, None]
+        mean, values, vectors = (placed(part, x_t) for part in (self.mean, self.values, self.vectors))
+        inner = (x_t / placed(asked.alpha_of(ratio), x_t) - mean) @ vectors
+        return mean + (inner * (values / (values + ratio**2))) @ vectors.T
+
+
+class MixturePrior:
+    """A source that is one of J Gaussians, exact like `GaussianPrior`.
+
+    E[x_0 | x] is the mean of the components' answers, weighed by how likely each has made x.
+
+    Args:
+        weights: (J,).
+        means: (J, N).
+        covariances: (J, N, N).
+        schedule: the steps that `denoise` counts in by default.
+    """
+
+    def __init__(self, weights: Tensor, means: Tensor, covariances: Tensor, schedule: Schedule) -> None:
+        self.weights, self.means, self.covariances, self.schedule = weights, means, covariances, schedule
+        values, self.vectors = torch.linalg.eigh(covariances)
+        self.values = values.clamp(min=0)
+
+    def denoise(self, x_t: Tensor, t: Tensor, label: Tensor | None = None, schedule: Schedule | None = None) -> Tensor:
+        """Exact E[x_0 | x_t], (B, N)."""
+        asked = schedule or self.schedule
+        ratio = placed(asked.ratio_at(t), x_t)[:, None, None]
+        weights, means, values, vectors = (
+            placed(part, x_t) for part in (self.weights, self.means, self.values, self.vectors)
+        )
+        noisy = x_t / placed(asked.alpha_of(ratio[:, 0]), x_t)
+        inner = torch.einsum("bjn,jnm->bjm", noisy[:, None] - means, vectors)
+        total = values + ratio**2  # (B, J, N)
+        share = torch.softmax(weights.log() - 0.5 * (inner.square() / total + total.log()).sum(-1), 1)
+        answers = means + torch.einsum("bjm,jnm->bjn", inner * values / total, vectors)
+        return (share[..., None] * answers).sum(1)

@@ -29,6 +29,7 @@ from audiosep.errors import AudiosepError, UsageError
 from audiosep.longform import Aligner, OverlapAdd, cosine, count_segments, cut, match
 from audiosep.losses import ReconstructionLoss
 from audiosep.mixing import project, residual
+from audiosep.operators import Mixing
 from audiosep.prior import JointPrior, Prior
 from audiosep.samplers import PRESETS, SAMPLES, Noise, Sampler, build
 
@@ -108,7 +109,10 @@ class Separator:
     Args:
         priors: name -> prior; all of one sample rate.
         preset: "default", "published" or "paper", see `audiosep.samplers`.
-        sampler: "hybrid", "dsg", "dps", "analytical", "mmps"; None is the preset's own.
+        sampler: "hybrid", "dsg", "dps", "analytical", "mmps", "mmps-exact"; None is the preset's own.
+        mixing: (C, K) gains with which the sources reach the C channels, in the order in which they are named; the
+            channels are then separated together, by "mmps-exact", and a stem is its source as each channel has it.
+            None: every channel is a recording of its own.
         steps: of the sampler, per sample; None is the preset's own number.
         sampling: more arguments of the sampler's class, such as {"t_init": 174, "floor": 0.001, "loss": {"stft": 0.0}}.
         segment: seconds separated at a time; None is 4.
@@ -138,6 +142,7 @@ class Separator:
         checkpointing: bool = False,
         dtype: str = "auto",
         device: str | torch.device = "cpu",
+        mixing: Any = None,
     ) -> None:
         if not priors:
             raise UsageError("a separator needs at least one prior")
@@ -156,13 +161,20 @@ class Separator:
             prior.requires_grad_(False)
             prior.checkpoint_activations(checkpointing)
         self.sample_rate = next(iter(rates.values()))
+        self.mixing = None if mixing is None else torch.as_tensor(np.asarray(mixing), dtype=torch.float32)
+        if self.mixing is not None:
+            if self.mixing.ndim != 2 or not self.mixing.isfinite().all():
+                raise UsageError(f"mixing is a finite matrix (channels, sources), got shape {tuple(self.mixing.shape)}")
+            if sampler not in (None, "mmps-exact"):
+                raise UsageError(f"a known mixing needs sampler 'mmps-exact', not {sampler!r}")
+            sampler = "mmps-exact"
         self.preset, self.sampler, self.steps = preset, sampler, steps
         self.sampling = dict(sampling or {})
         self.segment, self.overlap = segment or SEGMENT, overlap
         self.seed, self.consistent = seed, consistent
         self.batch = batch or (1 if self.device.type == "cpu" else 16)
         self.dtype = choose_dtype(dtype, self.device)
-        self.sampler_for(self.resolve(None))  # wrong options are refused here, not after minutes of work
+        self._build(JointPrior([]))  # wrong options are refused here, not after minutes of work
         self.samples = samples or SAMPLES[preset]
         self.rank = (samples or 1) > 1  # the likeliest sample is wanted, too
 
@@ -400,16 +412,31 @@ class Separator:
         return Job(self, sources, sample_rate, frames, progress, share)
 
     def gain(self, y: Tensor, sources: Sequence[Source]) -> Tensor:
-        """What brings mixtures y (B, N) to the level that a sum of such training signals has, (B, 1)."""
-        level = np.mean([self.priors[source.prior].sigma_data for source in sources])
-        rms = y.square().mean(-1, keepdim=True).sqrt()
-        return float(level) * len(sources) ** 0.5 / rms.clamp(min=SILENCE)
+        """What brings mixtures y (B, N), (B, C, N) of a known mixing, to the level of such sums of training signals.
+
+        One number per mixture, (B, 1) or (B, 1, 1).
+        """
+        level = float(np.mean([self.priors[source.prior].sigma_data for source in sources]))
+        power = len(sources) if self.mixing is None else float(self.mixing.square().sum()) / len(self.mixing)
+        rms = y.flatten(1).square().mean(1).sqrt().view(-1, *[1] * (y.ndim - 1))
+        return level * power**0.5 / rms.clamp(min=SILENCE)
 
     def sampler_for(self, sources: Sequence[Source]) -> Sampler:
         """The sampler of these sources, with the settings asked for."""
         joint = JointPrior([(self.priors[source.prior], source.label) for source in sources])
+        if self.mixing is None:
+            return self._build(joint)
+        if self.mixing.shape[1] != len(sources):
+            raise UsageError(
+                f"the mixing matrix has {self.mixing.shape[1]} columns, for {len(sources)} sources "
+                f"({', '.join(source.name for source in sources)})"
+            )
+        return self._build(joint, operator=Mixing(self.mixing))
+
+    def _build(self, joint: JointPrior, **options: Any) -> Sampler:
+        options |= sampler_options(self.sampling)
         try:
-            return build(joint, self.sampler, self.preset, self.steps, **sampler_options(self.sampling))
+            return build(joint, self.sampler, self.preset, self.steps, **options)
         except UsageError:
             raise
         except (TypeError, ValueError) as error:
@@ -552,18 +579,28 @@ class Job:
         """Sources at the priors' rate (samples, S, K, C, N) for mixtures y (S, C, N), and their scores (samples, S)."""
         separator = self.separator
         count, channels, length = y.shape
-        rows = y.flatten(0, 1).to(separator.device)  # (S * C, N)
+        mixing = separator.mixing
+        if mixing is None:  # every channel is a row
+            rows = y.flatten(0, 1).to(separator.device)  # (S * C, N)
+        elif len(mixing) == channels:
+            rows = y.to(separator.device)  # (S, C, N)
+        else:
+            raise UsageError(f"the mixing matrix has {len(mixing)} rows, the recording {channels} channels")
         gain = separator.gain(rows, self.sources)
-        silent = rows.square().mean(-1, keepdim=True).sqrt() < SILENCE
+        silent = rows.square().flatten(1).mean(1).sqrt().view(gain.shape) < SILENCE
         drawn, scores = [], []
         for sample in range(separator.samples):
             # The channels of a segment share their noise, so that identical channels give identical stems.
-            seeds = [mix_seed(separator.seed, self.segments + i // channels, sample) for i in range(len(rows))]
+            each = len(rows) // count
+            seeds = [mix_seed(separator.seed, self.segments + i // each, sample) for i in range(len(rows))]
             x = self._run_sampler(rows * gain, Noise(seeds), count)
             score = self._log_likelihood(x) if separator.rank else torch.zeros(len(x))
-            scores.append(score.view(count, channels).mean(1).cpu())
-            sources = torch.where(silent[..., None], 0.0, x / gain[..., None])
-            sources = sources.view(count, channels, len(self.sources), length).transpose(1, 2)
+            scores.append(score.view(count, each).mean(1).cpu())
+            sources = torch.where(silent.view(-1, 1, 1), 0.0, x / gain.view(-1, 1, 1))
+            if mixing is None:
+                sources = sources.view(count, channels, len(self.sources), length).transpose(1, 2)
+            else:
+                sources = mixing.to(sources).T[:, :, None] * sources[:, :, None]
             drawn.append(sources.cpu())
         return torch.stack(drawn), torch.stack(scores)
 
@@ -613,7 +650,7 @@ class Job:
         flat = audio.resample(sources.flatten(0, 1).numpy(), rate, self.sample_rate)
         high = torch.from_numpy(fit(flat, length)).view(*sources.shape[:2], length).double()
         # Two speakers may come out in another order in the right channel: the first one's order holds.
-        for c in range(1, high.shape[1]):
+        for c in range(1, high.shape[1] if self.separator.mixing is None else 1):
             high[:, c] = self._as_first(high[:, :1], high[:, c : c + 1])[:, 0]
         if not self.share:
             return high

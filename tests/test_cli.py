@@ -124,6 +124,7 @@ def test_options_reach_the_separator():
         "overlap": 0.5,
         "samples": 2,
         "seed": 9,
+        "mixing": None,
     }
     assert files("out") == ["speech+sounds/mix/report.json", "speech+sounds/mix/speech.wav"]
 

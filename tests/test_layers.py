@@ -19,6 +19,7 @@ LAYERS = {
     "progress": 0,
     "mixing": 1,
     "losses": 1,
+    "operators": 1,
     "data": 1,
     "report": 1,
     "backbones": 1,
@@ -34,6 +35,7 @@ LAYERS = {
     "separator": 4,
     "mixtures": 4,
     "results": 4,
+    "multiview_start": 4,
     "direct": 5,
     "batch": 6,
     "evaluate": 6,
@@ -43,6 +45,7 @@ LAYERS = {
     "multiview_baselines": 6,
     "stems": 7,
     "fit": 7,
+    "learn": 7,
     "cli": 8,
     "__main__": 9,
 }

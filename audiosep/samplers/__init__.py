@@ -21,12 +21,13 @@ from audiosep.errors import UsageError
 from audiosep.losses import ReconstructionLoss
 from audiosep.prior import JointPrior
 from audiosep.samplers.analytical import Analytical
-from audiosep.samplers.base import Noise, Sampler, State
+from audiosep.samplers.base import Noise, OneNoise, Sampler, State
 from audiosep.samplers.gradient import DPS, DSG, Hybrid
 from audiosep.samplers.mmps import MomentMatching
+from audiosep.samplers.mmps_exact import ExactMomentMatching
 from audiosep.schedules import ve, vp_linear
 
-__all__ = ["PRESETS", "SAMPLERS", "SAMPLES", "Noise", "Sampler", "State", "build"]
+__all__ = ["PRESETS", "SAMPLERS", "SAMPLES", "Noise", "OneNoise", "Sampler", "State", "build"]
 
 SAMPLERS: dict[str, type[Sampler]] = {
     "hybrid": Hybrid,
@@ -34,6 +35,7 @@ SAMPLERS: dict[str, type[Sampler]] = {
     "dps": DPS,
     "analytical": Analytical,
     "mmps": MomentMatching,
+    "mmps-exact": ExactMomentMatching,
 }
 
 # Which sampler a preset means when none is named.
@@ -81,7 +83,7 @@ def _settings(name: str, preset: str, steps: int | None) -> dict[str, Any]:
     if preset == "default":
         schedule = ve(steps or DEFAULT_STEPS, *DEFAULT_LEVELS)
         settings: dict[str, Any] = {"schedule": schedule, "t_init": None, "shared_noise": False}
-        if name == "mmps":
+        if name in ("mmps", "mmps-exact"):
             settings |= {"eta": 0.0, "order": 2}
         return settings
     settings = {"schedule": vp_linear(), "clamp": preset == "published"}

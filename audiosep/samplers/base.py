@@ -69,6 +69,17 @@ class Noise:
         return noise.to(like, non_blocking=True)
 
 
+class OneNoise(Noise):
+    """White noise of one generator, on its device, for many short items: which items share a batch then matters."""
+
+    def __init__(self, seed: int, device: str | torch.device = "cpu") -> None:
+        self.generators = [torch.Generator(device).manual_seed(seed)]
+
+    def __call__(self, rows: int, like: Tensor) -> Tensor:
+        shape = (len(like), rows, like.shape[-1])
+        return torch.randn(shape, generator=self.generators[0], device=like.device, dtype=like.dtype)
+
+
 class Sampler:
     """Prior sampling without guidance; methods override `denoise` or `guide`.
 
