@@ -7,8 +7,8 @@ A recipe names the mixtures and the separators:
     tasks = ["1speech+1sound", "2sound"]
     count = 200
 
-    [separators.default]    # `type` is one of MAKERS, the rest its keyword arguments
-    models = "speech,sound"
+    [separators.default]    # `type` is one of MAKERS, the rest its keyword arguments; beside them `tasks` and `count`
+    models = "speech,sound" # that it is kept to, and `optional`: left out where its checkpoint isn't there
 
     [published.paper]       # figures to print beside ours: task -> {column -> number}
     "2sound" = { si_sdr_permuted = 10.44 }
@@ -40,7 +40,7 @@ from audiosep import distributed, metrics, results
 from audiosep.baselines import ORACLES
 from audiosep.data import MixtureDataset, parse_task, read_manifest
 from audiosep.direct import load
-from audiosep.errors import AudiosepError, UsageError
+from audiosep.errors import AudiosepError, ModelError, UsageError
 from audiosep.mixing import best_permutation
 from audiosep.recipe import build, check_tables
 from audiosep.separator import Separates, Separation
@@ -259,7 +259,7 @@ def score(estimates: Tensor, references: Tensor, mixture: Tensor) -> dict[str, A
 
 
 def _trials(plan: Plan, tables: Mapping[str, Any], given: Mapping[str, Separates], out: Path | None) -> list[Trial]:
-    made = {name: _make(name, table) for name, table in tables.items()}
+    made = {name: found for name, table in tables.items() if (found := _make(name, table)) is not None}
     separators = {**{name: separator for name, (separator, _) in made.items()}, **given}
     if not separators:
         raise UsageError("no separator to evaluate: the recipe has no table [separators.NAME]")
@@ -295,16 +295,22 @@ def _trials(plan: Plan, tables: Mapping[str, Any], given: Mapping[str, Separates
     return trials
 
 
-def _make(name: str, table: Any) -> tuple[Separates, dict[str, Any]]:
-    """A separator, and its table without `type`."""
+def _make(name: str, table: Any) -> tuple[Separates, dict[str, Any]] | None:
+    """A separator and its table; None for an optional one whose checkpoint isn't there."""
     if not isinstance(table, Mapping):
         raise UsageError(f"[separators.{name}] is a table, got {table!r}")
     options = dict(table)
-    kind = options.pop("type", "checkpoints")
+    kind, optional = options.pop("type", "checkpoints"), options.pop("optional", False)
     if kind not in MAKERS:
         raise UsageError(f"separators.{name}.type is one of {', '.join(MAKERS)}, got {kind!r}")
     arguments = {key: value for key, value in options.items() if key not in ("count", "tasks")}
-    return build(MAKERS[kind], arguments, f"separators.{name}"), {**options, "type": kind}
+    try:
+        return build(MAKERS[kind], arguments, f"separators.{name}"), {**options, "type": kind}
+    except ModelError as error:
+        if not optional:
+            raise
+        log.warning("%s is left out: %s", name, error)
+        return None
 
 
 def _classes(separator: Separates) -> list[str]:

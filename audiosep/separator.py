@@ -408,11 +408,8 @@ class Separator:
     def sampler_for(self, sources: Sequence[Source]) -> Sampler:
         """The sampler of these sources, with the settings asked for."""
         joint = JointPrior([(self.priors[source.prior], source.label) for source in sources])
-        options = dict(self.sampling)
-        if isinstance(options.get("loss"), Mapping):
-            options["loss"] = ReconstructionLoss(**options["loss"])
         try:
-            return build(joint, self.sampler, self.preset, self.steps, **options)
+            return build(joint, self.sampler, self.preset, self.steps, **sampler_options(self.sampling))
         except UsageError:
             raise
         except (TypeError, ValueError) as error:
@@ -723,6 +720,12 @@ class Job:
             return []
         start = self.sampler.ratios[0]
         return [f"the sampler starts at a noise level of {start:.2f}, the priors were trained up to {reach:.2f}"]
+
+
+def sampler_options(table: Mapping[str, Any]) -> dict[str, Any]:
+    """A sampler's arguments from plain data: the weights of the reconstruction loss are a table of their own."""
+    loss = table.get("loss")
+    return {**table, "loss": ReconstructionLoss(**loss)} if isinstance(loss, Mapping) else dict(table)
 
 
 def _is_auto(sources: Sequence[str] | None) -> bool:

@@ -13,7 +13,7 @@ from rich.console import Console
 from audiosep import evaluate, hub, results
 from audiosep.backbones.triple_path_unet import TriplePathUNet
 from audiosep.data import MixtureDataset, read_manifest
-from audiosep.errors import UsageError
+from audiosep.errors import AudiosepError, UsageError
 from audiosep.prior import Prior
 from audiosep.schedules import vp_linear
 
@@ -251,10 +251,12 @@ def test_what_a_recipe_gets_wrong(manifest):
         recipe = tables(manifest)
         recipe["separators"] = changes.pop("separators", {"a": {"type": "unprocessed"}})
         recipe["evaluate"].update(changes)
-        with pytest.raises(UsageError, match=match):
+        with pytest.raises(AudiosepError, match=match):
             evaluate.run(recipe)
 
     refused("no separator", separators={})
+    refused("nowhere", separators={"a": {"models": "./nowhere"}})
+    refused("no separator", separators={"a": {"models": "./nowhere", "optional": True}})
     refused("type is one of .*, got 'magic'", separators={"a": {"type": "magic"}})
     refused("separators.a.stepz: no such setting .*steps", separators={"a": {"stepz": 3}})
     refused("share a sample rate", separators={k: {"type": "unprocessed", "sample_rate": int(k)} for k in ("1", "2")})

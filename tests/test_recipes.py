@@ -12,10 +12,12 @@ import pytest
 import soundfile
 import torch
 
-from audiosep import fit, recipe, train
+from audiosep import evaluate, fit, recipe, results, separator, train
 from audiosep.baselines import fit_nmf
 from audiosep.cli import main
 from audiosep.data import Item, MixtureDataset, SourceDataset, read_manifest
+from audiosep.samplers import build as build_sampler
+from audiosep.tagger import Tagger
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 
@@ -308,8 +310,11 @@ def test_the_recipe_of_nmf_is_taken():
     assert set(table) <= set(inspect.signature(fit_nmf).parameters) - {"items", "classes", "progress"}
 
 
-RECIPE_FILES = {path: recipe.load(path) for path in sorted(RECIPES.glob("*/*.toml"))}
-TRAINED = {path: tables for path, tables in RECIPE_FILES.items() if "prior" in tables or "expert" in tables}
+TRAINED = {
+    path: recipe.load(path)
+    for path in sorted(RECIPES.glob("*/*.toml"))
+    if "train" in recipe.load(path) and "tagger" not in recipe.load(path)
+}
 MILLIONS = {
     "paper": 37.2,
     "diffwave-large": 32.3,
@@ -342,3 +347,35 @@ def test_every_recipe_builds(path, tables):
     assert weights == pytest.approx(1e6 * MILLIONS.get(path.stem, 8.7), rel=0.02)
     assert set(tables.get("probe", {})) <= known
     recipe.build(fit._card, tables["card"], "card")
+
+
+def test_the_taggers_recipe_builds():
+    tables = recipe.load(RECIPES / "open16k/tagger.toml")
+    recipe.check_tables(tables, fit.TAGGER_TABLES)
+    recipe.build(train.Options, tables["train"], "train")
+    own = {key: value for key, value in tables["tagger"].items() if key not in ("of", "tasks")}
+    tagger = recipe.build(Tagger, own, "tagger", classes=["a", "b"])
+    assert sum(p.numel() for p in tagger.parameters()) < 0.35e6
+    assert set(tables["probe"]) <= set(inspect.signature(fit.TaggerProbe).parameters)
+    recipe.build(fit._card, tables["card"], "card")
+
+
+MEASURED = {path: recipe.load(path) for path in sorted(RECIPES.glob("*/*.toml")) if "evaluate" in recipe.load(path)}
+
+
+@pytest.mark.parametrize("path", MEASURED, ids=lambda path: path.stem)
+def test_recipes_of_evaluations_name_what_is_there(path, gaussian):
+    tables = MEASURED[path]
+    recipe.check_tables(tables, evaluate.TABLES)
+    plan = recipe.build(evaluate.Plan, tables["evaluate"], "evaluate")
+    for name, table in tables["separators"].items():
+        assert set(table.get("tasks", plan.tasks)) <= set(plan.tasks), name
+        kind = table.get("type", "checkpoints")
+        known = inspect.signature(evaluate.MAKERS[kind]).parameters
+        assert set(table) <= {*known, "type", "tasks", "count", "optional"}, name
+        if kind == "checkpoints" and "optional" not in table:
+            options = {key: table[key] for key in ("sampler", "preset", "steps") if key in table}
+            build_sampler(gaussian.joint, **options, **separator.sampler_options(table.get("sampling", {})))
+    for name, tasks in tables["published"].items():
+        assert set(tasks) <= set(plan.tasks), name
+        assert all(set(row) <= set(results.COLUMNS) for row in tasks.values()), name
