@@ -41,7 +41,7 @@ def run(*arguments):
     return caught.value.code
 
 
-@pytest.mark.parametrize("task", ["1speech+1sound", "1speech+2sound", "2sound", "3sound", "2speech"])
+@pytest.mark.parametrize("task", ["1speech+1sound", "1speech+2sound", "2sound", "3sound", "2speech", "2speech+3sound"])
 def test_files_hold_what_the_dataset_makes(task, manifest, tmp_path, capsys):
     out = tmp_path / "out"
     assert run("mix", manifest, "--task", task, "--count", 3, "--seed", 5, "--length", 1.5, "-o", out) == 0
