@@ -316,10 +316,16 @@ def evaluate(
         if estimates is not None or references is not None:
             if estimates is None or references is None:
                 raise UsageError("--estimates and --references go together")
+            _refuse_both(recipe is not None, "a recipe", True, "--estimates")
             from audiosep import stems
 
+            wanted: dict[str, Any] = {"evaluate": {}}
+            for setting in settings or []:
+                override(wanted, setting)
+            more = wanted["evaluate"].get("metrics", ())
             with shown:
-                _show_summaries(stems.run(estimates, references, out, shown.file(estimates.name)), {}, as_json)
+                scored = stems.run(estimates, references, out, more, shown.file(estimates.name))
+            _show_summaries(scored, {}, as_json)
             return
         from audiosep import evaluate as module
 

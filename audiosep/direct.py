@@ -33,11 +33,8 @@ from audiosep.separator import (
 
 __all__ = ["Direct", "Model", "load"]
 
-# What only a sampler has, and the values that ask for nothing.
-SAMPLERS_OWN: dict[str, str | None] = {
-    "preset": "default",
-    **dict.fromkeys(("sampler", "steps", "samples", "seed", "sampling", "mixing", "checkpointing")),
-}
+# What only a sampler has.
+SAMPLERS_OWN = ("preset", "sampler", "steps", "samples", "sampling", "mixing", "checkpointing")
 
 # Methods without a checkpoint.
 WITHOUT_WEIGHTS = {"spectral-gating": SpectralGating}
@@ -170,8 +167,10 @@ def load(names: str | Sequence[str] = "speech,sound", device: str | torch.device
         return Separator.from_pretrained(names, device, **options)
     if len(names) > 1:
         raise UsageError(f"{alone[0]} separates by itself: it can't be combined with other models")
-    for name, nothing in SAMPLERS_OWN.items():
-        if options.pop(name, nothing) not in (nothing, None) and name != "seed":
+    options.pop("seed", None)
+    for name in SAMPLERS_OWN:
+        value = options.pop(name, None)
+        if not (value is None or value is False or isinstance(value, str) and value == "default"):
             raise UsageError(f"{alone[0]} separates in one pass: it has no {name}")
     model = WITHOUT_WEIGHTS[alone[0]]() if alone[0] in WITHOUT_WEIGHTS else hub.load_model(alone[0])
     return Direct(model, Path(alone[0]).name, device=choose_device(device), **options)

@@ -363,7 +363,7 @@ def _row(trial: Trial, index: int) -> dict[str, Any]:
         scores = score(estimates, item["sources"], item["mixture"])
         ordered = estimates[scores["permutation"]]
         scores |= {
-            name: _score_one(name, ordered, item["sources"], names, separator.sample_rate) for name in trial.metrics
+            name: score_one(name, ordered, item["sources"], names, separator.sample_rate) for name in trial.metrics
         }
     except AudiosepError as error:
         clips = ", ".join(item["ids"])
@@ -383,7 +383,7 @@ def _row(trial: Trial, index: int) -> dict[str, Any]:
     }
 
 
-def _score_one(name: str, estimates: Tensor, references: Tensor, names: Sequence[str], rate: int) -> list[float | None]:
+def score_one(name: str, estimates: Tensor, references: Tensor, names: Sequence[str], rate: int) -> list[float | None]:
     """One metric of each source; None where it is not defined: PESQ and ESTOI of what isn't speech, or is too short."""
     found: list[float | None] = []
     for estimate, reference, source in zip(estimates, references, names):

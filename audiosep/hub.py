@@ -584,7 +584,7 @@ def _model_config(model: Any, card: Mapping[str, Any]) -> dict[str, Any]:
         "sample_rate": model.sample_rate,
         "classes": list(getattr(model, "classes", ())),
         "model": arguments,
-        "parameters": sum(value.numel() for value in model.state_dict().values()),
+        "parameters": sum(p.numel() for p in model.parameters()) or sum(b.numel() for b in model.buffers()),
         "licence": card.get("licence", "unknown"),
         "data": card.get("data", "unknown"),
         "metrics": card.get("metrics", []),

@@ -7,7 +7,9 @@ they have others, only the best order says anything.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from audiosep import audio, results
+from audiosep import audio, report, results
 from audiosep.errors import UsageError
-from audiosep.evaluate import score
+from audiosep.evaluate import score, score_one
 
 __all__ = ["run", "score_folders"]
 
@@ -31,21 +33,47 @@ def run(
     estimates: str | Path,
     references: str | Path,
     out: str | Path | None = None,
+    metrics: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
-    """`score_folders`, summarised; `out` is a folder for the summary's files."""
-    rows = score_folders(estimates, references, progress)
-    name, task = Path(estimates).name, Path(references).name
-    header = {"separator": name, "oracle": False, "task": task, "options": {}, "weights": {}}
-    header["labels"] = all(row["labels"] for row in rows)
-    summaries = results.summarise([(header, rows)])
+    """Score the stems and return one summary per task, as `evaluate.run` does; with `out` the same files.
+
+    Args:
+        estimates: folder of a program's stems; it is shown under the folder's name.
+        references: folder of the true sources.
+        out: folder for rows, tables and a page.
+        metrics: scores beside SI-SDR: "sdr", "pesq" and "estoi".
+        progress: called with (items done, items in all, item).
+
+    Raises:
+        UsageError: as `score_folders`.
+    """
+    name = Path(estimates).resolve().name
+    rows = score_folders(estimates, references, metrics, progress)
+    tasks = {task: [row for row in rows if row["task"] == task] for task in sorted({row["task"] for row in rows})}
+    trials = []
+    for task, own in tasks.items():
+        header = {
+            "separator": name,
+            "oracle": False,
+            "task": task,
+            "segment": float(np.mean([row["duration"] for row in own])),
+            "labels": all(row["labels"] for row in own),
+            "metrics": sorted(metrics),
+            "options": {"estimates": str(estimates), "references": str(references)},
+            "weights": {},
+        }
+        trials.append((header, own))
+    summaries = results.summarise(trials)
     if out is not None:
-        results.write(Path(out), summaries, {(name, task): rows}, {})
+        lines = [json.dumps({"separator": name, **row}, ensure_ascii=False) for row in rows]
+        report.write_text(Path(out) / "rows.jsonl", "\n".join(lines) + "\n")
+        results.write(Path(out), summaries, {(name, task): own for task, own in tasks.items()}, {})
     return summaries
 
 
 def score_folders(
-    estimates: str | Path, references: str | Path, progress: Progress | None = None
+    estimates: str | Path, references: str | Path, metrics: Sequence[str] = (), progress: Progress | None = None
 ) -> list[dict[str, Any]]:
     """Rows as `evaluate` writes them, in the items' order; the mixture is the references' sum.
 
@@ -63,13 +91,13 @@ def score_folders(
     for index, folder in enumerate(items):
         if progress is not None:
             progress(index, len(items), folder.name)
-        rows.append({"index": index, **_row(estimates / folder.relative_to(references), folder)})
+        rows.append({"index": index, **_row(estimates / folder.relative_to(references), folder, metrics)})
     if progress is not None:
         progress(len(items), len(items), "scored")
     return rows
 
 
-def _row(estimates: Path, references: Path) -> dict[str, Any]:
+def _row(estimates: Path, references: Path, metrics: Sequence[str]) -> dict[str, Any]:
     truth, found = _stems(references), _stems(estimates)
     if len(truth) < 2:
         raise UsageError(f"{references}: holds {len(truth)} sources, a mixture has at least two")
@@ -84,11 +112,34 @@ def _row(estimates: Path, references: Path) -> dict[str, Any]:
         raise UsageError(f"{estimates}: has stems {', '.join(found)}, the references are {', '.join(truth)}")
     target, rate = _read(list(truth.values()))
     output, _ = _read(chosen, target.shape[1:], rate)
+    # Channels end to end: one score for all of them.
+    target, output = target.flatten(1), output.flatten(1)
+    names = [_plain(name, list(truth)) for name in truth]
     try:
-        scores = score(output.flatten(1), target.flatten(1), target.sum(0).flatten())
+        scores = score(output, target, target.sum(0))
+        ordered = output[scores["permutation"]]
+        scores |= {metric: score_one(metric, ordered, target, names, rate) for metric in metrics}
     except UsageError as error:
         raise UsageError(f"{estimates}: {error}") from error
-    return {"ids": [references.name], "names": list(truth), "labels": labels, "sample_rate": rate, **scores}
+    speech = names.count("speech")
+    parts = [(speech, "speech"), (len(names) - speech, "sound")]
+    return {
+        "task": "+".join(f"{count}{kind}" for count, kind in parts if count),
+        "ids": [references.name],
+        "names": names,
+        "labels": labels,
+        "sample_rate": rate,
+        "duration": target.shape[1] / rate,
+        **scores,
+        "evaluations": None,
+        "seconds": None,
+    }
+
+
+def _plain(name: str, others: Sequence[str]) -> str:
+    """What a stem is: "speech" for speech_1 where there is a speech_2."""
+    base = re.sub(r"_\d+$", "", name)
+    return base if sum(re.sub(r"_\d+$", "", other) == base for other in others) > 1 else name
 
 
 def _stems(folder: Path) -> dict[str, Path]:

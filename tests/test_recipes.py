@@ -376,6 +376,6 @@ def test_recipes_of_evaluations_name_what_is_there(path, gaussian):
         if kind == "checkpoints" and "optional" not in table:
             options = {key: table[key] for key in ("sampler", "preset", "steps") if key in table}
             build_sampler(gaussian.joint, **options, **separator.sampler_options(table.get("sampling", {})))
-    for name, tasks in tables["published"].items():
+    for name, tasks in tables.get("published", {}).items():
         assert set(tasks) <= set(plan.tasks), name
         assert all(set(row) <= set(results.COLUMNS) for row in tasks.values()), name

@@ -36,8 +36,9 @@ class StepEmbedding(nn.Module):
     def forward(self, t: Tensor) -> Tensor:
         """Embed t (B,) as (B, E)."""
         half = SINUSOIDS // 2
-        frequency = 10 ** (4 / (half - 1) * torch.arange(half, dtype=torch.float64, device=t.device))
-        angle = t.double()[:, None] * frequency  # up to 2e6: beyond float32
+        exact = torch.float32 if t.device.type == "mps" else torch.float64  # angles up to 2e6 are beyond float32
+        frequency = 10 ** (4 / (half - 1) * torch.arange(half, dtype=exact, device=t.device))
+        angle = t.to(exact)[:, None] * frequency
         sinusoids = torch.cat((angle.sin(), angle.cos()), dim=-1)
         return silu(self.second(silu(self.first(sinusoids.to(self.first.weight.dtype)))))
 

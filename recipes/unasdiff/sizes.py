@@ -28,7 +28,7 @@ def main() -> None:
     rows = []
     for path in [*sorted(HERE.glob("*.toml")), *OTHERS]:
         tables = recipe.load(path)
-        if "train" not in tables:
+        if "prior" not in tables and "expert" not in tables:
             continue
         expert = "expert" in tables
         network = fit.build_expert(tables).network if expert else fit.build_prior(tables, []).backbone
