@@ -170,7 +170,7 @@ def load(names: str | Sequence[str] = "speech,sound", device: str | torch.device
     options.pop("seed", None)
     for name in SAMPLERS_OWN:
         value = options.pop(name, None)
-        if not (value is None or value is False or isinstance(value, str) and value == "default"):
+        if not (value is None or value is False or (isinstance(value, str) and value == "default")):
             raise UsageError(f"{alone[0]} separates in one pass: it has no {name}")
     model = WITHOUT_WEIGHTS[alone[0]]() if alone[0] in WITHOUT_WEIGHTS else hub.load_model(alone[0])
     return Direct(model, Path(alone[0]).name, device=choose_device(device), **options)
