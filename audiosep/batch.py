@@ -146,14 +146,14 @@ def plan(inputs: Sequence[str], stems: list[str], options: Options) -> tuple[lis
                 track = relative.as_posix()
             paths = {name: options.path(track, name, options.format) for name in names}
             jobs.append(Job(source, track, paths))
-    _check_clashes(jobs)
+    _check_clashes(jobs, options)
     return jobs, failures
 
 
-def _check_clashes(jobs: list[Job]) -> None:
+def _check_clashes(jobs: list[Job], options: Options) -> None:
     taken: dict[Path, Job] = {}
     for job in jobs:
-        for path in job.stems.values():
+        for path in _marks(job, options):
             other = taken.setdefault(path, job)
             if other is not job:
                 raise UsageError(
@@ -320,8 +320,12 @@ def _excerpt(path: Path) -> tuple[np.ndarray, int]:
 
 
 def _is_done(job: Job, options: Options) -> bool:
-    """Whether all stems are there; where they are known only once the recording is heard, the report."""
-    return all(path.exists() for path in job.stems.values() or [options.path(job.track, "report", "json")])
+    return all(path.exists() for path in _marks(job, options))
+
+
+def _marks(job: Job, options: Options) -> list[Path]:
+    """The files that a separation leaves: the stems; the report where they are known once the recording is heard."""
+    return list(job.stems.values()) if options.sources != ["auto"] else [options.path(job.track, "report", "json")]
 
 
 def _refuse_existing(path: Path, options: Options) -> None:

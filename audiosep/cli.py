@@ -352,6 +352,8 @@ def evaluate(
         _show_summaries(summaries, tables.get("published", {}), as_json)
         if out is not None and not as_json:
             shown.result(os.fspath(out / "report.html"))
+        if any(summary.get("errors") for summary in summaries):
+            raise typer.Exit(EXIT_FAILED)
 
 
 def _show_summaries(summaries: list[dict[str, Any]], published: dict[str, Any], as_json: bool) -> None:

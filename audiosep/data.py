@@ -310,7 +310,8 @@ class MixtureDataset(Dataset[dict[str, Any]]):
 
     def fingerprint(self) -> str:
         """Of the clips drawn from: other clips make other mixtures."""
-        pools: list[list[Item]] = [*self.speakers.values(), *self.classes.values()]
+        pools = [*self.speakers.values()] if self.n_speech else []
+        pools += [*self.classes.values()] if self.n_sound else []
         names = "\n".join(f"{item.label} {item.id}" for pool in pools for item in pool)
         return hashlib.sha256(names.encode()).hexdigest()[:16]
 

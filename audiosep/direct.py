@@ -96,6 +96,12 @@ class Direct(Separator):
         self.dtype = choose_dtype("float32" if dtype == "auto" else dtype, self.device)
         self.samples, self.seed, self.rank, self.mixing = 1, 0, False, None
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What its stems follow from besides weights and input; plain data."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return {"segment": self.segment, "overlap": self.overlap, "consistent": self.consistent, "dtype": dtype}
+
     def resolve(self, sources: Sequence[str] | None) -> list[Source]:
         """Look source names up: a model knows those that it was made for."""
         if isinstance(sources, str):

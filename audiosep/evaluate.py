@@ -15,8 +15,9 @@ A recipe names the mixtures and the separators:
 
 Two SI-SDRs are always given: with the estimates in the order asked for ("fixed", what a user gets who names the
 classes), and in the best order ("permuted", as the UnaSDiff paper scores every task). The other scores are taken in the
-best order. Every mixture and every separation follows from the recipe's seed, so the rows are the same whichever
-process makes them, and a run that was killed goes on where it was.
+best order. Every mixture, and the noise of its separation, follows from the recipe's seed and the mixture's number, so
+the rows are the same whichever process makes them, and a run that was killed goes on where it was. A row belongs to
+everything that it follows from (version, settings, weights, clips); rows of anything else in the file are left alone.
 """
 
 from __future__ import annotations
@@ -36,14 +37,14 @@ import soundfile
 import torch
 from torch import Tensor
 
-from audiosep import distributed, metrics, results
+from audiosep import __version__, distributed, hub, metrics, results
 from audiosep.baselines import ORACLES
 from audiosep.data import MixtureDataset, parse_task, read_manifest
 from audiosep.direct import load
 from audiosep.errors import AudiosepError, ModelError, UsageError
 from audiosep.mixing import best_permutation
 from audiosep.recipe import build, check_tables
-from audiosep.separator import Separates, Separation
+from audiosep.separator import Separates, Separation, mix_seed
 
 __all__ = ["MAKERS", "Plan", "Unprocessed", "run", "score"]
 
@@ -70,6 +71,8 @@ class Plan:
         root: folder that the manifest's paths are relative to; None is the manifest's own.
         segment: seconds of a mixture.
         labels: ask for sounds by their class; otherwise the same sounds are asked for as "sound".
+        classes: classes of sound to draw from, or the checkpoint whose classes they are; None is what all separators
+            with classes know, or any.
         metrics: scores beside SI-SDR: "sdr", "pesq" and "estoi" (these two of speech).
         stems: keep every separation as FLAC, to be listened to.
         page: separators whose best, median and worst mixtures `report.html` plays; None is the first one.
@@ -83,6 +86,7 @@ class Plan:
     root: str | None = None
     segment: float = 4.0
     labels: bool = True
+    classes: Sequence[str] | str | None = None
     metrics: Sequence[str] = ()
     stems: bool = True
     page: Sequence[str] | None = None
@@ -176,8 +180,10 @@ class Trial:
     labels: bool
     metrics: Sequence[str]
     header: dict[str, Any]
+    seed: int
     stems: Path | None
     rows: dict[int, dict[str, Any]] = field(default_factory=dict)
+    failed: dict[int, str] = field(default_factory=dict)
 
     @property
     def key(self) -> str:
@@ -186,13 +192,18 @@ class Trial:
 
     @property
     def missing(self) -> list[int]:
-        """The mixtures that have no row yet."""
-        return [index for index in range(len(self.dataset)) if index not in self.rows]
+        """The mixtures that nobody has tried yet."""
+        return [i for i in range(len(self.dataset)) if i not in self.rows and i not in self.failed]
 
     @property
     def ordered(self) -> list[dict[str, Any]]:
         """The rows by mixture."""
         return [self.rows[index] for index in sorted(self.rows)]
+
+    @property
+    def errors(self) -> int:
+        """Mixtures that could not be separated."""
+        return len(self.failed.keys() - self.rows.keys())
 
     def stem_file(self, index: int) -> Path | None:
         """Where the estimates of a mixture go, a channel each, in the best order."""
@@ -214,11 +225,18 @@ def run(
         progress: called with (mixtures done, mixtures in all, what is done).
         separators: name -> separator, beside those of the recipe.
 
+    A mixture that can't be separated is logged, counted in the summary, and tried again by the next run.
+
     Raises:
         UsageError: a key that nothing takes, a task that the recordings can't give, separators that can't be compared.
+        AudiosepError: a separator failed on every mixture.
     """
     check_tables(tables, TABLES)
     plan = build(Plan, tables.get("evaluate", {}), "evaluate")
+    published = tables.get("published", {})
+    _check_published(published, plan)
+    if distributed.world_size() > 1 and out is None:
+        raise UsageError("several processes share their rows in a folder: name one with -o")
     trials = _trials(plan, tables.get("separators", {}), separators or {}, None if out is None else Path(out))
     file = None if out is None else Path(out) / "rows.jsonl"
     if file is not None:
@@ -226,17 +244,25 @@ def run(
     for done, total, trial, index in _todo(trials):
         if progress is not None:
             progress(done, total, f"{trial.name}, {trial.header['task']}")
-        row = _row(trial, index)
-        trial.rows[index] = row
+        try:
+            row = _row(trial, index)
+            trial.rows[index] = row
+        except AudiosepError as error:
+            log.error("%s", error)
+            row = {"run": trial.key, "index": index, "error": str(error)}
+            trial.failed[index] = str(error)
         if file is not None:
             _append(file, row)
     if file is not None:
         _wait(file, trials)
-    scored = [(trial.header, trial.ordered) for trial in trials if trial.rows]
+    for trial in trials:
+        if not trial.rows and trial.failed:
+            raise AudiosepError(f"{trial.name} failed on every mixture: {next(iter(trial.failed.values()))}")
+    scored = [({**trial.header, "errors": trial.errors}, trial.ordered) for trial in trials if trial.rows]
     summaries = results.summarise(scored)
     if out is not None and distributed.rank() == 0:
         rows = {(header["separator"], header["task"]): found for header, found in scored}
-        results.write(Path(out), summaries, rows, tables.get("published", {}), _examples(plan, trials))
+        results.write(Path(out), summaries, rows, published, _examples(plan, trials))
     return summaries
 
 
@@ -263,11 +289,14 @@ def _trials(plan: Plan, tables: Mapping[str, Any], given: Mapping[str, Separates
     separators = {**{name: separator for name, (separator, _) in made.items()}, **given}
     if not separators:
         raise UsageError("no separator to evaluate: the recipe has no table [separators.NAME]")
+    _check_names(plan, tables, separators)
     rates = {name: separator.sample_rate for name, separator in separators.items()}
     if len(set(rates.values())) > 1:
         raise UsageError(f"separators that are compared must share a sample rate, got {rates}")
+    if "pesq" in plan.metrics and set(rates.values()) != {16000}:
+        raise UsageError(f"PESQ is of signals at 16000 Hz, the separators' are {rates}; leave it out of metrics")
     items = read_manifest(plan.manifest, plan.root, plan.split)
-    classes = _shared_classes(separators)
+    classes = _asked_classes(plan) or _shared_classes(separators)
     trials = []
     for task in plan.tasks:
         for name, separator in separators.items():
@@ -278,7 +307,9 @@ def _trials(plan: Plan, tables: Mapping[str, Any], given: Mapping[str, Separates
             rate = separator.sample_rate
             dataset = MixtureDataset(items, task, count, plan.seed, plan.segment, rate, classes=classes)
             labels = plan.labels and bool(_classes(separator))
+            settings = getattr(separator, "settings", None)
             header = {
+                "audiosep": __version__,
                 "separator": name,
                 "oracle": bool(getattr(separator, "oracle", False)),
                 "task": task,
@@ -286,13 +317,42 @@ def _trials(plan: Plan, tables: Mapping[str, Any], given: Mapping[str, Separates
                 "segment": plan.segment,
                 "labels": labels,
                 "metrics": sorted(plan.metrics),
-                "options": {key: str(value) for key, value in sorted(own.items()) if _matters(key, value)},
+                "options": {key: str(value) for key, value in sorted(own.items())} if settings is None else settings,
                 "weights": _weights(separator),
                 "items": dataset.fingerprint(),
             }
             stems = out / "stems" if out is not None and plan.stems else None
-            trials.append(Trial(name, separator, dataset, labels, plan.metrics, header, stems))
+            seed = mix_seed(plan.seed, getattr(separator, "seed", 0))
+            trials.append(Trial(name, separator, dataset, labels, plan.metrics, header, seed, stems))
     return trials
+
+
+def _check_names(plan: Plan, tables: Mapping[str, Any], separators: Mapping[str, Separates]) -> None:
+    """UsageError for a task or a separator that is asked for and isn't there: nothing is silently left out."""
+    for name, table in tables.items():
+        tasks = table.get("tasks", plan.tasks)
+        if isinstance(tasks, str) or not set(tasks) <= set(plan.tasks):
+            raise UsageError(f"separators.{name}.tasks is a list of some of {list(plan.tasks)}, got {tasks!r}")
+    unknown = set(plan.page or ()) - set(separators) - set(tables)
+    if unknown:
+        raise UsageError(f"page names separators that the recipe hasn't: {', '.join(sorted(unknown))}")
+
+
+def _check_published(published: Mapping[str, Any], plan: Plan) -> None:
+    for name, table in published.items():
+        for task, row in table.items():
+            if task == "note":
+                continue
+            parse_task(task)
+            unknown = set(row) - set(results.COLUMNS)
+            if unknown:
+                raise UsageError(f"published.{name}.{task}: no column {', '.join(sorted(unknown))}")
+
+
+def _asked_classes(plan: Plan) -> list[str] | None:
+    if not isinstance(plan.classes, str):
+        return None if plan.classes is None else [name.casefold() for name in plan.classes]
+    return [name.casefold() for name in hub.read_config(hub.find(plan.classes)).get("classes", [])]
 
 
 def _make(name: str, table: Any) -> tuple[Separates, dict[str, Any]] | None:
@@ -304,13 +364,14 @@ def _make(name: str, table: Any) -> tuple[Separates, dict[str, Any]] | None:
     if kind not in MAKERS:
         raise UsageError(f"separators.{name}.type is one of {', '.join(MAKERS)}, got {kind!r}")
     arguments = {key: value for key, value in options.items() if key not in ("count", "tasks")}
-    try:
-        return build(MAKERS[kind], arguments, f"separators.{name}"), {**options, "type": kind}
-    except ModelError as error:
-        if not optional:
-            raise
-        log.warning("%s is left out: %s", name, error)
-        return None
+    models = arguments.get("models", [])
+    for model in (models.split(",") if isinstance(models, str) else models) if optional else ():
+        try:
+            hub.find(model.strip())
+        except ModelError as error:
+            log.warning("%s is left out: %s", name, error)
+            return None
+    return build(MAKERS[kind], arguments, f"separators.{name}"), {**options, "type": kind}
 
 
 def _classes(separator: Separates) -> list[str]:
@@ -324,11 +385,6 @@ def _shared_classes(separators: Mapping[str, Separates]) -> list[str] | None:
     known = [{name.casefold() for name in _classes(separator)} for separator in separators.values()]
     known = [names for names in known if names]
     return sorted(set.intersection(*known)) if known else None
-
-
-def _matters(option: str, value: Any) -> bool:
-    """Whether an option changes the rows: where, how many and how many at a time does not, nor a default."""
-    return value is not None and option not in ("device", "batch", "count", "tasks")
 
 
 def _weights(separator: Separates) -> dict[str, str]:
@@ -353,13 +409,18 @@ def _row(trial: Trial, index: int) -> dict[str, Any]:
     more = {"references": item["sources"]} if trial.header["oracle"] else {}
     device = torch.device(getattr(separator, "device", "cpu"))
     _reset_peak(device)
+    if hasattr(separator, "seed"):
+        separator.seed = mix_seed(trial.seed, index)
     start = time.perf_counter()
     try:
         result = separator(item["mixture"][None], separator.sample_rate, sources=asked, **more)
-        estimates = torch.stack([torch.as_tensor(s)[0] for s in result.sources.values()]).cpu()
+        stems = [torch.as_tensor(stem)[0].cpu() for stem in result.sources.values()]
         seconds = time.perf_counter() - start
-        if len(estimates) != len(names):
-            raise UsageError(f"asked for {len(names)} sources, got {len(estimates)}")
+        if len(stems) != len(names):
+            raise UsageError(f"asked for {len(names)} sources, got {len(stems)}")
+        if len({len(stem) for stem in stems}) > 1:
+            raise UsageError(f"stems differ in length: {[len(stem) for stem in stems]} samples")
+        estimates = torch.stack(stems)
         scores = score(estimates, item["sources"], item["mixture"])
         ordered = estimates[scores["permutation"]]
         scores |= {
@@ -433,19 +494,25 @@ def _read(path: Path, trials: Sequence[Trial]) -> None:
         return
     wanted = {trial.key: trial for trial in trials}
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        # A kill can fall into the middle of a character.
+        *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    except OSError as error:
         raise UsageError(f"{path}: can't be read: {error}") from error
-    broken = 0
+    understood = 0
     for line in lines:
         try:
             row = json.loads(line)
-            trial = wanted.get(row["run"])
-            if trial is not None and row["index"] < len(trial.dataset):
-                trial.rows[row["index"]] = row
+            trial, index = wanted.get(row["run"]), row["index"]
         except (ValueError, KeyError, TypeError):
-            broken += bool(line.strip())
-    if broken and broken == len([line for line in lines if line.strip()]):
+            continue
+        understood += 1
+        if trial is None or not 0 <= index < len(trial.dataset):
+            continue
+        if "error" in row:
+            trial.failed[index] = row["error"]
+        elif "si_sdr_permuted" in row:
+            trial.rows[index] = row
+    if lines and not understood:
         raise UsageError(f"{path}: not a file of rows; choose another folder")
 
 
@@ -457,7 +524,7 @@ def _append(path: Path, row: Mapping[str, Any]) -> None:
         try:
             size = os.fstat(handle).st_size
             close = b"\n" if size and os.pread(handle, 1, size - 1) != b"\n" else b""
-            os.write(handle, close + json.dumps(row, ensure_ascii=False).encode() + b"\n")
+            os.write(handle, close + json.dumps(row).encode() + b"\n")
         finally:
             os.close(handle)
     except OSError as error:

@@ -147,9 +147,10 @@ def _fit_tagger(tables: Mapping[str, Any], out: Path, **how: Any) -> dict[str, A
 
     def save(average: torch.nn.Module, facts: dict[str, Any]) -> None:
         assert isinstance(average, Tagger)
-        average.threshold = probe.threshold
+        rows = train.read_log(run_folder(out))
+        average.threshold = probe.last(rows).get("threshold", tagger.threshold)
         facts = _facts(options, mixtures.segment, facts, average)
-        hub.save_model(average, out, {**data.card(), **card, "metrics": probe.rows, "training": facts})
+        hub.save_model(average, out, {**data.card(), **card, "metrics": probe.metrics(rows), "training": facts})
 
     about = {"tagger": json.loads(json.dumps(tagger.config)), "recordings": data.fingerprint()}
     return train.train(tagger, mixtures, run_folder(out), options, save=save, probe=probe, about=about, **how)
@@ -486,7 +487,9 @@ class ExpertProbe:
 
 
 class TaggerProbe:
-    """How well a tagger names the sources of held-out mixtures, at the threshold that names most sets exactly.
+    """How well a tagger names the sources of held-out mixtures, as `-s auto` does: two sources at least.
+
+    The threshold is the one that names most sets exactly on every second mixture; the others are scored with it.
 
     Args:
         mixtures: held-out mixtures of each task; 0 for none.
@@ -494,12 +497,12 @@ class TaggerProbe:
     """
 
     def __init__(self, data: _Data, tagger: Tagger, tasks: Sequence[str], mixtures: int = 40, batch: int = 16) -> None:
-        self.batch, self.tasks, self.count = batch, tasks, mixtures
-        self.threshold, self.rows = tagger.threshold, list[dict[str, Any]]()
+        self.batch, self.count = batch, mixtures // 2
+        self.tasks = [task for task in tasks if sum(parse_task(task)) > 1]
         self.mixtures: TaggedMixtures | None = None
-        if data.valid and mixtures:
+        if data.valid and mixtures and self.tasks:
             try:
-                self.mixtures = data.tagged(data.valid, tagger, tasks, mixtures, 0)
+                self.mixtures = data.tagged(data.valid, tagger, self.tasks, mixtures, 0)
             except UsageError as error:
                 log.warning("no held-out scores: %s", error)
 
@@ -510,30 +513,47 @@ class TaggerProbe:
             return {}
         device = next(average.parameters()).device
         items = [self.mixtures[i] for i in range(len(self.mixtures))]
-        truth = torch.stack([item["tags"] for item in items]).bool()
+        truth = [sorted(average.names(item["tags"].bool().tolist())) for item in items]
         batches = torch.stack([item["mixture"] for item in items]).split(self.batch)
-        scores = torch.cat([average(batch.to(device)).float().cpu() for batch in batches])
-        grid = torch.linspace(0.05, 0.95, 19)
-        exact = torch.stack([((scores >= level) == truth).all(1) for level in grid]).float()  # (19, items)
-        best = int(exact.mean(1).argmax())
-        self.threshold = float(grid[best])
-        heard = scores >= self.threshold
-        found = {
-            "exact": float(exact[best].mean()),
-            "recall": float((heard & truth).sum() / truth.sum()),
-            "precision": float((heard & truth).sum() / heard.sum().clamp(min=1)),
-            "count_right": float((heard.sum(1) == truth.sum(1)).float().mean()),
-        }
-        self.rows = [
+        scores = torch.cat([average(batch.to(device)).float().cpu() for batch in batches]).tolist()
+        allowed = ("speech", *average.classes)
+
+        def chosen(threshold: float) -> list[list[str]]:
+            average.threshold = threshold
+            return [sorted(average.choose(row, allowed)) for row in scores]
+
+        # Mixtures of a task come every len(tasks)-th: the halves are of whole rounds.
+        tuning = [i for i in range(len(items)) if i // len(self.tasks) % 2 == 0]
+        grid = [k / 20 for k in range(1, 20)]
+        tables = {threshold: chosen(threshold) for threshold in grid}
+        best = max(grid, key=lambda threshold: sum(tables[threshold][i] == truth[i] for i in tuning))
+        average.threshold = best
+        found = {"threshold": best}
+        for k, task in enumerate(self.tasks):
+            rest = [i for i in range(k, len(items), len(self.tasks)) if i not in tuning]
+            pairs = [(tables[best][i], truth[i]) for i in rest]
+            found[f"exact/{task}"] = sum(a == b for a, b in pairs) / len(pairs)
+            found[f"count/{task}"] = sum(len(a) == len(b) for a, b in pairs) / len(pairs)
+        return found
+
+    def last(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """What the log's last probe found."""
+        probed = [row for row in rows if "probe/threshold" in row]
+        return {key.removeprefix("probe/"): value for key, value in probed[-1].items()} if probed else {}
+
+    def metrics(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Rows of the model card from the last probe in the log."""
+        last = self.last(rows)
+        return [
             {
                 "task": task,
                 "held-out mixtures": self.count,
-                "all sources named, none else": float(exact[best][k :: len(self.tasks)].mean()),
-                "number of sources right": float((heard.sum(1) == truth.sum(1))[k :: len(self.tasks)].float().mean()),
+                "all sources named, none else": last[f"exact/{task}"],
+                "number of sources right": last[f"count/{task}"],
             }
-            for k, task in enumerate(self.tasks)
+            for task in self.tasks
+            if f"exact/{task}" in last
         ]
-        return found
 
 
 @torch.no_grad()

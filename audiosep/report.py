@@ -42,6 +42,10 @@ _LINES = (
     "#8a6d3b",
     "#0f8f8f",
     "#b54a2a",
+    "#5c6b73",
+    "#c2185b",
+    "#4b6a00",
+    "#1a4f9c",
 )  # legible on both grounds
 # Dark violet to pale yellow, evenly rising in lightness: red, green, blue at equal distances.
 _COLOURS = np.array(

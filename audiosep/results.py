@@ -39,13 +39,13 @@ COLUMNS = {
     "si_sdr_median": ("median", "{:.2f}"),
     "si_sdri": ("SI-SDRi fixed", "{:.2f}"),
     "failure_rate": ("fails", "{:.1%}"),
-    "si_sdr_permuted": ("SI-SDR permuted", "{:.2f}"),
+    "si_sdr_permuted": ("permuted", "{:.2f}"),
     "si_sdr_permuted_interval": ("95 %", "{}"),
     "si_sdri_permuted": ("SI-SDRi permuted", "{:.2f}"),
     "success_permuted": ("of successes", "{:.2f}"),
     "failure_rate_permuted": ("fails", "{:.1%}"),
     "sdr": ("SDR", "{:.2f}"),
-    "pesq": ("PESQ", "{:.2f}"),
+    "pesq": ("PESQ-WB", "{:.2f}"),
     "estoi": ("ESTOI", "{:.3f}"),
     "evaluations": ("evals", "{:.0f}"),
     "seconds": ("s", "{:.2f}"),
@@ -60,10 +60,10 @@ TERMINAL = (
     "count",
     "si_sdr",
     "si_sdr_permuted",
+    "si_sdr_permuted_interval",
     "failure_rate_permuted",
     "pesq",
     "evaluations",
-    "seconds",
 )
 
 
@@ -94,22 +94,18 @@ def summarise(trials: Sequence[tuple[Mapping[str, Any], Sequence[Row]]]) -> list
 
 
 def _summary(header: Mapping[str, Any], rows: Sequence[Row]) -> Summary:
-    mixture = _means(rows, "mixture_si_sdr")
-    fixed, permuted = _means(rows, "si_sdr"), _means(rows, "si_sdr_permuted")
+    mixture, permuted = _means(rows, "mixture_si_sdr"), _means(rows, "si_sdr_permuted")
     by_kind: dict[str, list[float]] = {"speech": [], "sound": []}
     for row in rows:
-        for name, value in zip(row["names"], row["si_sdr"]):
+        for name, value in zip(row["names"], row.get("si_sdr", ())):
             by_kind["speech" if name == "speech" else "sound"].append(value)
     seconds = _mean([row.get("seconds") for row in rows])
     summary: Summary = {
         **header,
         "count": len(rows),
         "mixture_si_sdr": _statistics(mixture),
-        "si_sdri": _statistics(fixed - mixture),
         "si_sdri_permuted": _statistics(permuted - mixture),
-        "failure_rate": metrics.failure_rate(fixed),
         "failure_rate_permuted": metrics.failure_rate(permuted),
-        "success": _statistics(fixed[fixed >= 0]),
         "success_permuted": _statistics(permuted[permuted >= 0]),
         "si_sdr_by_kind": {kind: float(np.mean(values)) for kind, values in by_kind.items() if values},
         "evaluations": _mean([row.get("evaluations") for row in rows]),
@@ -117,11 +113,15 @@ def _summary(header: Mapping[str, Any], rows: Sequence[Row]) -> Summary:
         "real_time_factor": seconds / header["segment"] if seconds is not None else None,
         "memory_gib": max((row["memory_gib"] for row in rows if row.get("memory_gib") is not None), default=None),
     }
+    if all("si_sdr" in row for row in rows):  # stems of unknown names have no fixed order
+        fixed = _means(rows, "si_sdr")
+        summary["si_sdri"], summary["failure_rate"] = _statistics(fixed - mixture), metrics.failure_rate(fixed)
+        summary["success"] = _statistics(fixed[fixed >= 0])
     for score in SCORES:
         if any(score in row for row in rows):
             values = _means(rows, score)
             summary[score] = _statistics(values[~np.isnan(values)])
-            summary[score] |= {"unscored": int(np.isnan(values).sum())} if np.isnan(values).any() else {}
+            summary.setdefault("unscored", {})[score] = int(np.isnan(values).sum())
     return summary
 
 
@@ -131,7 +131,7 @@ def _difference(rows: Sequence[Row], header: Mapping[str, Any], others: Sequence
     common = [(row, reference[row["index"]]) for row in rows if row["index"] in reference]
     found: dict[str, Any] = {"to": header["separator"], "count": len(common)}
     for score in ("si_sdr", "si_sdr_permuted"):
-        if common:
+        if common and all(score in row for pair in common for row in pair):
             a, b = (_means([pair[side] for pair in common], score) for side in (0, 1))
             found[score] = {"mean": float((a - b).mean()), "interval": list(metrics.paired_interval(a, b))}
     return found
@@ -175,10 +175,24 @@ def table(summaries: Sequence[Summary], published: Mapping[str, Any] | None = No
 def markdown(summaries: Sequence[Summary], published: Mapping[str, Any] | None = None) -> str:
     """The same table as Markdown, and below it the paired differences."""
     lines = _markdown(_cells(summaries, published or {}))
+    lines += [line for note in _notes(summaries, published or {}) for line in ("", note)]
     compared = _differences(summaries)
     if len(compared) > 1:
         lines += ["", *_markdown(compared)]
     return "\n".join(lines)
+
+
+def _notes(summaries: Sequence[Summary], published: Mapping[str, Any]) -> list[str]:
+    """What a table's numbers leave out: mixtures without a score, failed ones, how published figures differ."""
+    notes = [f"{name} (published): {rows['note']}" for name, rows in published.items() if "note" in rows]
+    for summary in summaries:
+        where = f"{summary['separator']}, {summary['task']}"
+        if summary.get("errors"):
+            notes.append(f"{where}: {summary['errors']} mixtures could not be separated and are left out.")
+        for score, count in summary.get("unscored", {}).items():
+            if summary.get(score) and count:
+                notes.append(f"{where}: {count} mixtures have no {COLUMNS[score][0]} and are left out of it.")
+    return notes
 
 
 def _markdown(cells: Sequence[Sequence[str]]) -> list[str]:
@@ -188,12 +202,17 @@ def _markdown(cells: Sequence[Sequence[str]]) -> list[str]:
 
 
 def csv_text(summaries: Sequence[Summary], published: Mapping[str, Any] | None = None) -> str:
-    """The same table as CSV: column names of `COLUMNS`, numbers in full."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(COLUMNS), lineterminator="\n")
-    writer.writeheader()
+    """The same rows as CSV, numbers in full: of every score mean, median, and the ends of its interval."""
+    rows = []
     for flat in _flat(summaries, published or {}):
-        writer.writerow({key: flat.get(key) for key in COLUMNS})
+        row = {key: value for key, value in flat.items() if not key.endswith(("_interval", "_low", "_high", "_median"))}
+        for key in ("low", "high", "median"):
+            row |= {name: value for name, value in flat.items() if name.endswith(f"_{key}")}
+        rows.append(row)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
     return text.getvalue()
 
 
@@ -215,6 +234,7 @@ def _flat_row(summary: Summary) -> dict[str, Any]:
         value = summary.get(key)
         if isinstance(value, dict):
             flat[key], flat[f"{key}_median"] = value["mean"], value["median"]
+            flat[f"{key}_low"], flat[f"{key}_high"] = value["interval"]
             flat[f"{key}_interval"] = "{:.2f} to {:.2f}".format(*value["interval"])
         elif key not in flat:
             flat[key] = value
@@ -240,8 +260,8 @@ def _differences(summaries: Sequence[Summary]) -> list[list[str]]:
             continue
         line = [summary["task"], summary["separator"], found["to"], str(found["count"])]
         for score in ("si_sdr", "si_sdr_permuted"):
-            low, high = found[score]["interval"]
-            line += [f"{found[score]['mean']:+.2f}", f"{low:+.2f} to {high:+.2f}"]
+            mean, (low, high) = found[score]["mean"], found[score]["interval"]
+            line += [f"{mean:+.2f}", f"{low:+.2f} to {high:+.2f}"]
         lines.append(line)
     return lines
 
@@ -264,13 +284,17 @@ def write(
     tracks: list[report.Track] = []
     for example in examples:
         tracks += _tracks(example)
-    facts = {f"{s['separator']}, {s['task']}": {**s["options"], "weights": s["weights"]} for s in summaries}
+    facts: dict[str, Any] = {f"{s['separator']}, {s['task']}": s["options"] for s in summaries}
+    facts["weights"] = {s["separator"]: s["weights"] for s in summaries if s["weights"]}
+    facts["left out"] = _notes(summaries, published)
+    if not tracks:
+        facts["players"] = "none: the stems were not kept"
     report.write_page(
         folder / "report.html",
         "Evaluation",
         facts,
         tracks,
-        _plots(summaries, rows),
+        plots=_plots(summaries, rows),
         tables=[table for table in tables if len(table) > 1],
     )
 
@@ -295,13 +319,13 @@ def _plots(summaries: Sequence[Summary], rows: Mapping[tuple[str, str], Sequence
             if summary["task"] != task or not values.size:
                 continue
             curves[summary["separator"]] = (values[None] <= GRID[:, None]).mean(1)
-            if summary["evaluations"]:
-                mean = summary["si_sdr_permuted"]["mean"]
-                points[summary["separator"]] = np.array([[np.log10(summary["evaluations"]), mean]])
+            mean, count = summary["si_sdr_permuted"]["mean"], summary["evaluations"]
+            # Empty where there is none, so that a separator has one colour in both plots.
+            points[summary["separator"]] = np.array([[np.log10(count), mean]]) if count else np.zeros((0, 2))
         title = f"{task}: share of mixtures at or below an SI-SDR (best order)"
         plots.append(report.Plot(title, curves, "dB", GRID[-1], x_start=GRID[0]))
-        if len(points) > 1:
-            places = np.concatenate(list(points.values()))[:, 0]
+        places = np.concatenate([*points.values(), np.zeros((0, 2))])[:, 0]
+        if len(places) > 1:
             start, end = np.floor(places.min()), np.ceil(places.max() + 1e-9)
             title = f"{task}: SI-SDR in dB (best order) against network evaluations"
             plots.append(report.Plot(title, {}, "log10(evaluations)", end, x_start=start, points=points))

@@ -195,6 +195,23 @@ class Separator:
         priors = {key: hub.load_prior(name) for key, name in zip(keys, names)}
         return cls(priors, device=device, **options)
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What its stems follow from besides weights, input and seed, defaults included; plain data."""
+        sampler = self._build(JointPrior([]))
+        return {
+            "preset": self.preset,
+            "sampler": self.sampler or PRESETS[self.preset],
+            "steps": len(sampler.times),
+            "noise levels": [sampler.ratios[0], sampler.ratios[-2]],
+            "samples": self.samples,
+            "sampling": self.sampling,
+            "segment": self.segment,
+            "overlap": self.overlap,
+            "consistent": self.consistent,
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+
     # What to find ---------------------------------------------------------------------------------
 
     def source_names(self, sources: Sequence[str] | None = None) -> list[str]:
@@ -255,13 +272,16 @@ class Separator:
         allowed = [label for label in ("speech", *tagger.classes) if self._knows(label)]
         size = round(self.segment * sample_rate)
         scores = torch.zeros(len(tagger.labels))
-        for segment, _ in cut(blocks, size, size):
+        for number, (segment, _) in enumerate(cut(blocks, size, size)):
+            if number and segment.shape[1] < sample_rate:
+                break  # what is left at the end, under a second, says little
             low = audio.resample(segment.mean(0, keepdims=True), sample_rate, tagger.sample_rate)
             with torch.no_grad():
-                heard = tagger(torch.from_numpy(low).float().to(self.device))[0].cpu()
-            scores = torch.maximum(scores, heard)
+                found = tagger(torch.from_numpy(low).float().to(self.device))[0].cpu()
+            scores = torch.maximum(scores, found)
         names = tagger.choose(scores.tolist(), allowed)
-        ranked = sorted(zip(tagger.labels, scores.tolist()), key=lambda pair: -pair[1])
+        known = [pair for pair in zip(tagger.labels, scores.tolist()) if tagger.is_allowed(pair[0], allowed)]
+        ranked = sorted(known, key=lambda pair: -pair[1])
         table = {label: round(score, 4) for label, score in ranked[:REPORTED]}
         return names, {"tagger": tagger.origin, "threshold": tagger.threshold, "scores": table, "chosen": names}
 

@@ -93,14 +93,21 @@ class Tagger(nn.Module):
         probability = self(batch["mixture"]).float().clamp(1e-6, 1 - 1e-6)
         return nn.functional.binary_cross_entropy(probability, batch["tags"], reduction="none").mean(-1)
 
+    def names(self, tags: Sequence[bool]) -> list[str]:
+        """The names of the sources that tags stand for, voices as "speech"."""
+        return [_public(label) for label, tag in zip(self.labels, tags) if tag]
+
+    def is_allowed(self, label: str, allowed: Sequence[str]) -> bool:
+        """Whether the source that a label stands for is among these names."""
+        return _public(label).casefold() in {name.casefold() for name in allowed}
+
     def choose(self, scores: Sequence[float], allowed: Sequence[str], most: int = 5) -> list[str]:
         """The labels that are heard, best first, two at least and `most` at most, among `allowed`; voices as "speech".
 
         Raises:
             UsageError: fewer than two labels are allowed.
         """
-        wanted = {name.casefold() for name in allowed}
-        table = {label: score for label, score in zip(self.labels, scores) if _public(label).casefold() in wanted}
+        table = {label: score for label, score in zip(self.labels, scores) if self.is_allowed(label, allowed)}
         if len(table) < 2:
             raise UsageError("too few of the loaded priors' sounds are known to the tagger; name the sources")
         # A second voice is there only with a first one.

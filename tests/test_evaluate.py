@@ -133,12 +133,12 @@ def test_a_stopped_run_goes_on_where_it_was(manifest, tmp_path):
     row = json.loads(lines[0])
     assert (row["index"], row["separator"], row["task"]) == (0, "fake", "1speech+1sound")
     assert len(row["si_sdr"]) == len(row["ids"]) == 2
-    out.write_text("".join(lines[:2]) + lines[2][:20])  # as a killed run leaves it
+    out.write_bytes("".join(lines[:2]).encode() + '{"ids": ["ä'.encode()[:-1])  # as a killed run leaves it
     fake = Fake(manifest, "1speech+1sound")
     resumed = run(manifest, fake, out=tmp_path)
     assert len(fake.asked) == 2
     assert resumed["si_sdr"] == whole["si_sdr"]
-    assert len(out.read_text().splitlines()) == 5  # the half line is kept, and counts for none
+    assert len(out.read_bytes().splitlines()) == 5  # the half line is kept, and counts for none
     fake = Fake(manifest, "1speech+1sound")
     more = run(manifest, fake, count=6, out=tmp_path)
     assert len(fake.asked) == 2
@@ -169,21 +169,41 @@ def test_processes_share_the_mixtures(manifest, tmp_path, monkeypatch, world):
         fake = Fake(manifest, "1speech+1sound")
         summary = run(manifest, fake, count=5, out=tmp_path)
         asked.append(len(fake.asked))
+        if world > 1:
+            with pytest.raises(UsageError, match="name one with -o"):
+                run(manifest, fake)
     assert sum(asked) == 5
     rows = sorted(json.loads(line)["index"] for line in (tmp_path / "rows.jsonl").read_text().splitlines())
     assert rows == [0, 1, 2, 3, 4]
     assert summary["si_sdr"]["mean"] == pytest.approx(20, abs=0.2)
 
 
-def test_an_error_names_the_mixture(manifest):
-    class Short(Fake):
-        def __call__(self, wave, sample_rate, sources=None):
-            result = super().__call__(wave, sample_rate, sources)
-            result.sources = {name: stem[:, :-1] for name, stem in result.sources.items()}
-            return result
+class Broken(Fake):
+    """Gives the mixtures of some numbers stems that can't be scored."""
 
-    with pytest.raises(UsageError, match=r"fake, mixture 0 \(.*wav.*\): estimate and reference differ"):
-        run(manifest, Short(manifest, "1speech+1sound"))
+    def __init__(self, *args, broken=(0, 1, 2, 3), **kwargs):
+        super().__init__(*args, **kwargs)
+        self.broken = broken
+
+    def __call__(self, wave, sample_rate, sources=None):
+        result = super().__call__(wave, sample_rate, sources)
+        if any(torch.equal(self.items[i]["mixture"], wave[0]) for i in self.broken):
+            name, stem = next(iter(result.sources.items()))
+            result.sources[name] = stem[:, :-1]
+        return result
+
+
+def test_a_mixture_that_fails_is_named_counted_and_tried_again(manifest, tmp_path, caplog):
+    summary = run(manifest, Broken(manifest, "1speech+1sound", broken=(2,)), out=tmp_path)
+    assert (summary["count"], summary["errors"]) == (3, 1)
+    assert "fake, mixture 2 (" in caplog.text
+    assert "stems differ in length: [63999, 64000]" in caplog.text
+    assert "1 mixtures could not be separated" in (tmp_path / "summary.md").read_text()
+    mended = Fake(manifest, "1speech+1sound")
+    assert run(manifest, mended, out=tmp_path)["errors"] == 0
+    assert len(mended.asked) == 1
+    with pytest.raises(AudiosepError, match=r"fake failed on every mixture: .*stems differ in length"):
+        run(manifest, Broken(manifest, "1speech+1sound"))
 
 
 def test_an_oracle_is_given_the_references_and_marked(manifest):
@@ -236,12 +256,12 @@ def test_several_separators_on_the_same_mixtures(manifest, tmp_path):
 
 
 def test_stems_are_kept_in_the_best_order(manifest, tmp_path):
-    run(manifest, Fake(manifest, "2speech", order=[1, 0]), task="2speech", count=1, out=tmp_path)
+    fake = Fake(manifest, "3sound", order=[1, 2, 0], classes=("bark", "door", "rain"))
+    run(manifest, fake, task="3sound", count=1, out=tmp_path)
     (path,) = (tmp_path / "stems").rglob("*.flac")
     estimates = torch.from_numpy(soundfile.read(path, dtype="float32")[0].T)
-    item = MixtureDataset(read_manifest(manifest), "2speech", 1, 0)[0]
-    assert evaluate.score(estimates, item["sources"], item["mixture"])["permutation"] == [0, 1]
-    assert not (tmp_path / "stems/none").exists()
+    item = fake.items[0]
+    assert evaluate.score(estimates, item["sources"], item["mixture"])["permutation"] == [0, 1, 2]
     run(manifest, Fake(manifest, "2speech"), task="2speech", count=1, out=tmp_path / "bare", stems=False)
     assert not (tmp_path / "bare/stems").exists()
 
@@ -265,15 +285,38 @@ def test_what_a_recipe_gets_wrong(manifest):
     refused("metrics beside SI-SDR are sdr, pesq, estoi; got stoi", metrics=["stoi"])
     refused("count is at least 1", count=0)
     refused("needs 3 speakers", tasks=["3speech"])
+    refused("a.tasks is a list of some of", separators={"a": {"type": "unprocessed", "tasks": ["2speech"]}})
+    refused("page names separators that the recipe hasn't: b", page=["b"])
+    recipe = tables(manifest, published={"paper": {"1speech+1sound": {"sisdr": 3.0}}})
+    with pytest.raises(UsageError, match=r"paper\.1speech\+1sound: no column sisdr"):
+        evaluate.run(recipe)
 
 
-def test_pesq_and_estoi_are_of_speech_and_may_be_undefined(manifest):
-    pytest.importorskip("pesq")
-    pytest.importorskip("pystoi")
-    summary = run(manifest, Fake(manifest, "1speech+1sound"), count=2, metrics=["pesq", "estoi"])
-    for name in ("pesq", "estoi"):  # of noise, which PESQ may find no utterance in
-        found = summary[name]
-        assert found is None or found.get("unscored", 0) < 2
+def test_pesq_and_estoi_are_of_speech(manifest, monkeypatch):
+    asked = []
+
+    def pesq(estimate, reference, rate):
+        asked.append(rate)
+        if len(asked) == 1:
+            raise UsageError("no utterance")
+        return torch.tensor(2.5)
+
+    monkeypatch.setitem(evaluate.metrics.METRICS, "pesq", pesq)
+    summary = run(manifest, Fake(manifest, "1speech+1sound"), count=3, metrics=["pesq"])
+    assert len(asked) == 3  # once a mixture: not of the sound
+    assert summary["pesq"]["mean"] == 2.5
+    assert summary["unscored"]["pesq"] == 1
+    assert "1 mixtures have no PESQ-WB" in results.markdown([summary])
+    assert run(manifest, Fake(manifest, "2sound"), task="2sound", metrics=["pesq"])["pesq"] is None
+
+
+def test_the_best_order_of_three(manifest):
+    """A cycle is not its own inverse: estimates, metrics and stems must follow the same one."""
+    fake = Fake(manifest, "3sound", order=[1, 2, 0], classes=("bark", "door", "rain"))
+    summary = run(manifest, fake, task="3sound", count=1, metrics=["sdr"])
+    assert summary["si_sdr_permuted"]["mean"] == pytest.approx(20, abs=0.2)
+    assert summary["sdr"]["mean"] == pytest.approx(20, abs=0.2)
+    assert summary["si_sdr"]["mean"] < 0
 
 
 def test_the_real_separator(manifest, tmp_path):
@@ -299,6 +342,10 @@ def test_the_real_separator(manifest, tmp_path):
     assert (default["evaluations"], late["evaluations"]) == (6, 9)
     assert default["weights"]["speech"]
     assert np.isfinite(default["si_sdr"]["mean"])
+    again = evaluate.run(recipe)
+    assert again[0]["si_sdr"] == default["si_sdr"]  # the noise follows from the seed
+    recipe["evaluate"]["seed"] = 1
+    assert evaluate.run(recipe)[0]["si_sdr"] != default["si_sdr"]
     recipe["separators"]["late"]["sampling"] = {"flor": 0.1}
     with pytest.raises(UsageError, match="flor"):
         evaluate.run(recipe)

@@ -93,7 +93,7 @@ def trained(manifest, tmp_path_factory):
         "tagger": {"of": str(root / "sound"), "width": 8, "tasks": ["1speech", "1speech+1sound", "2sound", "1sound"]},
         "data": {"manifest": str(manifest), "segment": 1.0},
         "train": {"max_steps": 60, "batch_size": 8, "learning_rate": 1e-2, "warmup": 5, "ema": 0.9, "probe_every": 60},
-        "probe": {"mixtures": 5},
+        "probe": {"mixtures": 10},
     }
     fit.fit(tables, root / "tagger", device="cpu")
     return root
@@ -101,7 +101,7 @@ def trained(manifest, tmp_path_factory):
 
 def test_a_recipe_becomes_a_tagger_that_is_right(trained):
     config = hub.read_config(trained / "tagger")
-    assert [row["task"] for row in config["metrics"]] == ["1speech", "1speech+1sound", "2sound", "1sound"]
+    assert [row["task"] for row in config["metrics"]] == ["1speech+1sound", "2sound"]
     assert all(row["all sources named, none else"] >= 0.8 for row in config["metrics"])
     tagger = hub.load_model(trained / "tagger")
     assert 0 < tagger.threshold < 1
