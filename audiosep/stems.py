@@ -1,8 +1,8 @@
 """Score stems that any program made: two folders of files in, a row per item out.
 
 REFERENCES holds a folder per item with the true sources, such as `audiosep mix` writes; ESTIMATES holds folders of the
-same names with the stems. Where the stems have the references' names, they are scored by name ("labels fixed"); where
-they have others, only the best order says anything.
+same names with the stems. Where the stems have the references' names, all but one at most, they are scored by name
+("labels fixed"); where they have others, only the best order says anything.
 """
 
 from __future__ import annotations
@@ -103,13 +103,11 @@ def _row(estimates: Path, references: Path, metrics: Sequence[str]) -> dict[str,
         raise UsageError(f"{references}: holds {len(truth)} sources, a mixture has at least two")
     if not found:
         raise UsageError(f"{estimates}: no stems; the references are {', '.join(truth)}")
-    labels = set(truth) <= set(found)
-    if labels:
-        chosen = [found[name] for name in truth]
-    elif len(found) == len(truth):
-        chosen = list(found.values())
-    else:
+    missing, rest = [name for name in truth if name not in found], [name for name in found if name not in truth]
+    if missing and len(found) != len(truth):
         raise UsageError(f"{estimates}: has stems {', '.join(found)}, the references are {', '.join(truth)}")
+    chosen = [found[name] if name in found else found[rest.pop(0)] for name in truth]
+    labels = len(missing) < 2  # what is left when all others are found is known, too: "sound" beside "speech"
     target, rate = _read(list(truth.values()))
     output, _ = _read(chosen, target.shape[1:], rate)
     # Channels end to end: one score for all of them.

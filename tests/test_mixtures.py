@@ -136,6 +136,13 @@ def test_stems_are_scored_by_name(stems):
     assert alone["si_sdr"] == row["si_sdr"]
 
 
+def test_one_stem_of_another_name_is_the_one_that_is_left(stems):
+    (stems / "made/0000/bark.wav").rename(stems / "made/0000/sound.wav")
+    (row,) = score_folders(stems / "made", stems / "true")
+    assert row["labels"] is True
+    assert row["si_sdr"] == pytest.approx([20 * np.log10(5), 20], abs=0.01)
+
+
 def test_stems_of_other_names_are_scored_in_the_best_order(stems):
     for name, new in (("Speech", "a"), ("bark", "b")):
         (stems / f"made/0000/{name}.wav").rename(stems / f"made/0000/{new}.wav")
