@@ -270,7 +270,9 @@ class VariationalSeparator(LearnedSeparator):
             likelihood = -math.inf
             if name != "random" or self.fits_random_starts:
                 prior.start_from(s)
-                likelihood = _fit_prior(prior, s)
+                # Sharp priors would hold the bent sources of a linear start as they are.
+                if self.mixing == "linear" or len(starts) > 1:
+                    likelihood = _fit_prior(prior, s)
             if best is None or likelihood > best[0]:
                 best = likelihood, name, prior, weight
         assert best is not None
