@@ -97,7 +97,7 @@ class ARFlowVAE(VariationalSeparator):
     def _starts(self) -> tuple[str, ...]:
         return ("sobi",) if self.base == "normal" else ("sobi", "fastica")
 
-    def _levels(self, start: str) -> tuple[float, float]:
+    def _levels(self) -> tuple[float, float]:
         usual = (0.1, 10.0) if self.mixing == "linear" else (0.02, 30.0)
         return (usual[0] if self.beta is None else self.beta), (usual[1] if self.warm is None else self.warm)
 
