@@ -64,7 +64,9 @@ DEFAULT_KERNELS = ("rbf", "matern32", "matern12", *PERIODIC)
 FIT_SAMPLES = 4000
 FINALISTS = 2  # processes that are fitted after a survey of all, beside the best periodic one
 FADE = 0.1  # share of the recording that is faded in and out before its spectrum is taken
-EVIDENCE = 2.0  # a fit without noise is kept unless noise makes the source likelier by more than this (in nats)
+# A fit without noise is kept unless noise makes the source likelier by more than this (in nats): white noise has a line
+# at the best of all frequencies that gains the logarithm of their number.
+EVIDENCE = 12.0
 
 
 def correlation(
