@@ -140,7 +140,7 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path, capsys):
 def test_edf_without_its_reader_is_named(tmp_path, monkeypatch):
     (tmp_path / "x.edf").write_bytes(b"0")
     monkeypatch.setitem(sys.modules, "edfio", None)
-    with pytest.raises(UsageError, match="pip install edfio"):
+    with pytest.raises(UsageError, match="edf files need edfio: pip install"):
         command.read(tmp_path / "x.edf")
 
 

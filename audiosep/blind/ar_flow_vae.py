@@ -20,7 +20,7 @@ class ARFlowVAE(VariationalSeparator):
     n_sources: int or None
         Number of sources; None estimates it.
     mixing: "linear" or "mlp"
-        Encoder and decoder; "mlp" bends the linear maps with tanh networks, and wants some 2000 iterations.
+        Encoder and decoder; "mlp" bends the linear maps with tanh networks, and wants some 1000 iterations.
     base: "normal" or "student_t"
         Distribution of the flow's noise. "normal" is the paper's, and cannot separate white heavy-tailed sources.
     init: "auto", "sobi", "fastica" or "random"
@@ -28,7 +28,7 @@ class ARFlowVAE(VariationalSeparator):
         prior finds likelier.
     n_init: int
         Fits to make, the first from `init`'s start and the others from random rotations; that of the highest elbo_ is
-        kept. A bent mixing has many local optima: 2 or more are worth their time there.
+        kept. (With mixing="mlp" that may be a wrong one: a network can bend wrong sources into likely ones.)
     posterior: "gp" or "native"
         What sources_ and sources_std_ are: the posterior under Gaussian processes fitted to the sources, or the
         encoder's mean and its learned deviation (which is no measure of the error).
@@ -36,7 +36,7 @@ class ARFlowVAE(VariationalSeparator):
         Size H of the flow's state.
     beta, warm: float or None
         Weight of the divergence term (twice the variance of the observation noise), and how many times it starts at.
-        None is 0.1 and 10; for mixing="mlp" 0.01, and 1 from a known start (noise would undo it) or 60 from a random.
+        None is 0.1 and 10, for mixing="mlp" 0.02 and 30.
     mlp_units: int
         Width of the networks of mixing="mlp".
     block: int or None
@@ -97,8 +97,8 @@ class ARFlowVAE(VariationalSeparator):
     def _starts(self) -> tuple[str, ...]:
         return ("sobi",) if self.base == "normal" else ("sobi", "fastica")
 
-    def _levels(self, start: str) -> tuple[float, float]:
-        usual = (0.1, 10.0) if self.mixing == "linear" else (0.01, 60.0 if start == "random" else 1.0)
+    def _levels(self) -> tuple[float, float]:
+        usual = (0.1, 10.0) if self.mixing == "linear" else (0.02, 30.0)
         return (usual[0] if self.beta is None else self.beta), (usual[1] if self.warm is None else self.warm)
 
     def _prior(self, sources: int) -> SourcePrior:

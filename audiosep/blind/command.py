@@ -168,7 +168,7 @@ def _edfio() -> Any:
     try:
         return import_module("edfio")
     except ModuleNotFoundError as error:
-        raise UsageError("edf files need edfio: pip install edfio") from error
+        raise UsageError("edf files need edfio: pip install 'audiosep[blind]'") from error
 
 
 def _read_edf(path: Path) -> Recording:

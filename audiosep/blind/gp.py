@@ -62,9 +62,11 @@ PERIODIC = ("periodic", "periodic12")
 KERNELS = (*ENVELOPES, *PERIODIC)
 DEFAULT_KERNELS = ("rbf", "matern32", "matern12", *PERIODIC)
 FIT_SAMPLES = 4000
-FINALISTS = 2  # processes of different kernels that are fitted, after a survey of all
+FINALISTS = 2  # processes that are fitted after a survey of all, beside the best periodic one
 FADE = 0.1  # share of the recording that is faded in and out before its spectrum is taken
-EVIDENCE = 2.0  # a fit without noise is kept unless noise makes the source likelier by more than this (in nats)
+# A fit without noise is kept unless noise makes the source likelier by more than this (in nats): white noise has a line
+# at the best of all frequencies that gains the logarithm of their number.
+EVIDENCE = 12.0
 
 
 def correlation(
@@ -180,7 +182,9 @@ def fit(
 
     def likeliest(level: float | None) -> Process:
         if near is None:
-            finalists = _survey(unit[0].numpy(), kernels, peak, level)[:FINALISTS]
+            survey = _survey(unit[0].numpy(), kernels, peak, level)
+            finalists = [p for p in survey if p.kernel not in PERIODIC][:FINALISTS]
+            finalists += [p for p in survey if p.kernel in PERIODIC][:1]
         else:
             finalists = [replace(near, variance=near.variance / power, noise=near.noise / power)]
         return min((_climb(unit, p, level, max_iter) for p in finalists), key=lambda p: p.nll)

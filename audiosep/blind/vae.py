@@ -231,7 +231,7 @@ class VariationalSeparator(LearnedSeparator):
 
     def _fit_from(self, start: int, z: Tensor, Z: Array, rng: np.random.RandomState) -> _Fit:
         prior, rotation, name = self._best_start(start, z, Z, rng)
-        beta, warm = self._levels(name)
+        beta, warm = self._levels()
         with double_precision():
             encoder = Map(rotation.to(z.device), self.mixing, self.mlp_units).to(z.device)
             decoder = Map(rotation.T.to(z.device), self.mixing, self.mlp_units).to(z.device)
@@ -241,8 +241,8 @@ class VariationalSeparator(LearnedSeparator):
         fit.elbo = self._elbo(z, fit)
         return fit
 
-    def _levels(self, start: str) -> tuple[float, float]:
-        """beta, and how many times it begins at, from a start of that name."""
+    def _levels(self) -> tuple[float, float]:
+        """beta, and how many times it begins at."""
         assert self.beta is not None
         assert self.warm is not None
         return self.beta, self.warm
@@ -270,7 +270,9 @@ class VariationalSeparator(LearnedSeparator):
             likelihood = -math.inf
             if name != "random" or self.fits_random_starts:
                 prior.start_from(s)
-                likelihood = _fit_prior(prior, s)
+                # Sharp priors would hold the bent sources of a linear start as they are.
+                if self.mixing == "linear" or len(starts) > 1:
+                    likelihood = _fit_prior(prior, s)
             if best is None or likelihood > best[0]:
                 best = likelihood, name, prior, weight
         assert best is not None

@@ -71,6 +71,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--out", type=Path, default=Path("results/blind"))
     parser.add_argument("--methods", nargs="+", default=["SOBI", "SOBI+GP", "AR-Flow", "SKR-VAE", "GP-VAE"])
+    parser.add_argument("--samples", nargs="+", type=int, default=list(SAMPLES), choices=SAMPLES)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     warm_up()
@@ -78,7 +79,7 @@ def main() -> None:
     file = arguments.out / "growth.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     done = {(row["method"], row["samples"]) for row in rows}
-    for samples in SAMPLES:
+    for samples in arguments.samples:
         for method in ["GP step", *arguments.methods]:
             if (method, samples) in done:
                 continue
