@@ -104,7 +104,11 @@ class ExactMomentMatching(Sampler):
             if left[0].numel() <= self.direct:
                 return answer + self._directly(lift, left, variance)
             weights = conjugate_gradients(
-                lambda w: variance * w + self.operator(lift(w)), left, self.iterations, self.tolerance
+                lambda w: variance * w + self.operator(lift(w)),
+                left,
+                self.iterations,
+                self.tolerance,
+                float(variance.min()),
             )
             return answer + lift(weights)
 
@@ -148,12 +152,14 @@ def solve(covariance: Tensor, variance: Tensor, right: Tensor) -> Tensor:
     return scale * (vectors @ inner[..., None])[..., 0]
 
 
-def conjugate_gradients(apply: Callable[[Tensor], Tensor], right: Tensor, iterations: int, tolerance: float) -> Tensor:
+def conjugate_gradients(
+    apply: Callable[[Tensor], Tensor], right: Tensor, iterations: int, tolerance: float, least: float = 0.0
+) -> Tensor:
     """Solve apply(w) = right (B, ...) for every row on its own.
 
-    A row stays as it is once its residual is at most `tolerance` times its right side, or where `apply` turns out not
-    to be positive. Magnus Hestenes and Eduard Stiefel, "Methods of Conjugate Gradients for Solving Linear Systems",
-    1952, https://doi.org/10.6028/jres.049.044.
+    A row stays as it is once its residual is at most `tolerance` times its right side, or where `apply` turns out to
+    have an eigenvalue that is not above `least`. Magnus Hestenes and Eduard Stiefel, "Methods of Conjugate Gradients
+    for Solving Linear Systems", 1952, https://doi.org/10.6028/jres.049.044.
     """
 
     def dot(a: Tensor, b: Tensor) -> Tensor:
@@ -168,7 +174,7 @@ def conjugate_gradients(apply: Callable[[Tensor], Tensor], right: Tensor, iterat
     for _ in range(iterations):
         turned = apply(direction)
         curvature = dot(direction, turned)
-        going = (power > goal) & (curvature > 0)
+        going = (power > goal) & (curvature > least * dot(direction, direction))
         if not going.any():
             break
         step = torch.where(going, power / curvature.where(going, torch.ones_like(curvature)), 0.0)
