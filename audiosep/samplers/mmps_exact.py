@@ -110,7 +110,8 @@ class ExactMomentMatching(Sampler):
                 self.tolerance,
                 float(variance.min()),
             )
-            return answer + lift(weights)
+            moved = lift(weights)
+            return answer + _no_further(moved, self.operator(moved), left)
 
     def _directly(self, lift: Callable[[Tensor], Tensor], left: Tensor, variance: Tensor) -> Tensor:
         """V A^T C^-1 left, from M backward passes."""
@@ -131,6 +132,15 @@ class ExactMomentMatching(Sampler):
             return super().advance(x_t, answer, i, noise)
         z = x_t / alpha
         return alpha * (z - self.tau * (z - answer) + s * (2 * self.tau) ** 0.5 * noise(len(self.prior), x_t))
+
+
+def _no_further(moved: Tensor, seen: Tensor, left: Tensor) -> Tensor:
+    """The step `moved` (B, K, N), shortened where the observation `seen` of it overshoots what was left of y.
+
+    An exact step never does; that of a learned denoiser, whose Jacobian is not symmetric, may by far.
+    """
+    along = (seen * left).flatten(1).sum(1) / seen.square().flatten(1).sum(1).clamp(min=1e-30)
+    return along.clamp(0, 1)[:, None, None] * moved
 
 
 def solve(covariance: Tensor, variance: Tensor, right: Tensor) -> Tensor:
