@@ -50,7 +50,7 @@ def test_linear_rivals_find_the_targets_axis():
         assert torch.cov(made.T).diagonal().sum() == pytest.approx(4.0, rel=0.15)
     cpca = CPCA(*views, dims=1)
     assert abs((cpca.axes[:, 0] @ axes[1]).item()) > 0.99
-    assert error(cpca.draw(views[1], generator), truth) < 0.1
+    assert error(cpca.draw(views[1], generator), truth) < 0.2
     pcpca = PCPCA(*views, dims=1, gamma=0.9, steps=300)
     axis = pcpca.loadings[:, 0] / pcpca.loadings[:, 0].norm()
     assert abs((axis @ axes[1]).item()) > 0.97
