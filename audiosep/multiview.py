@@ -170,7 +170,7 @@ def learn(
     done = state.restore(trained)
     samples: dict[str, Tensor] = done.samples if done else {}
     for name in state.trained:
-        priors[name] = trained[name]
+        priors[name] = trained[name].to(plan.device)
     for number, stage in enumerate(stages):
         used = [seen[name] for name in stage.views]
         for lap in range(stage.laps + 1):

@@ -218,8 +218,9 @@ class PCPCA:
     ) -> None:
         self.noise = float(target.noise)
         x = _backwards(target)
-        _, spread, axes = torch.linalg.svd(x - x.mean(0), full_matrices=False)
-        loadings = (axes[:dims].T * (spread[:dims] / len(x) ** 0.5)).requires_grad_()
+        # The answer for complete data; from the target's own axes Adam would have to turn all the way.
+        values, axes = torch.linalg.eigh(torch.cov(x.T) - gamma * torch.cov(_backwards(background).T))
+        loadings = (axes[:, -dims:] * values[-dims:].clamp(min=self.noise**2).sqrt()).requires_grad_()
         mean = x.mean(0).requires_grad_()
         views = [(v.y.double(), _matrix(v)) for v in (background, target)]
 

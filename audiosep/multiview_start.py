@@ -199,8 +199,8 @@ def _expect(view: View, maps: Tensor, found: Mapping[str, Gaussian], sums: Mappi
         index = slice(first, first + 8192)
         y = view.y[index].double().flatten(1)
         a = maps[index] if len(maps) > 1 else maps
-        _, gains, left, covariance = _gains(view, a, found, y)
-        weighed = torch.linalg.solve(covariance, left[..., None])[..., 0]
+        gains, left, covariance = _gains(view, a, found, y)
+        weighed = torch.linalg.solve(covariance[0], left.mT).mT if len(a) == 1 else _solved(covariance, left)
         dimension = left.shape[1] * math.log(2 * math.pi)
         likelihood -= 0.5 * float(((left * weighed).sum(1) + torch.logdet(covariance) + dimension).sum())
         for k, name in enumerate(view.sources):
@@ -213,17 +213,18 @@ def _expect(view: View, maps: Tensor, found: Mapping[str, Gaussian], sums: Mappi
     return likelihood
 
 
-def _gains(
-    view: View, a: Tensor, found: Mapping[str, Gaussian], y: Tensor
-) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
-    """Noise variances (M,), gains (B, N, M) of the K sources, y less its mean (B, M), covariance of y (B, M, M)."""
+def _gains(view: View, a: Tensor, found: Mapping[str, Gaussian], y: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Gains (B or 1, N, M) of the K sources, y less its mean (B, M), and its covariance (B or 1, M, M)."""
     noise = (torch.as_tensor(view.noise, dtype=torch.float64) ** 2).expand(view.y.shape[1:]).flatten()
     crossed = [found[name].covariance @ a[:, k].mT for k, name in enumerate(view.sources)]
     covariance = torch.diag(noise) + sum(a[:, k] @ c for k, c in enumerate(crossed))
-    covariance = covariance.expand(len(y), -1, -1) if len(a) == 1 else covariance
-    gains = [torch.linalg.solve(covariance[: len(a)], c.mT).mT for c in crossed]
+    gains = [torch.linalg.solve(covariance, c.mT).mT for c in crossed]
     left = y - sum((a[:, k] @ found[name].mean[:, None])[..., 0] for k, name in enumerate(view.sources))
-    return noise, gains, left, covariance
+    return gains, left, covariance
+
+
+def _solved(covariance: Tensor, left: Tensor) -> Tensor:
+    return torch.linalg.solve(covariance, left[..., None])[..., 0]
 
 
 def _fit_spectra(
@@ -294,7 +295,7 @@ def posterior(view: View, gaussians: Mapping[str, Gaussian], generator: torch.Ge
         index = slice(first, first + 8192)
         y = view.y[index].double().flatten(1)
         a = maps[index] if len(maps) > 1 else maps
-        _, gains, _, _ = _gains(view, a, gaussians, y)
+        gains, _, _ = _gains(view, a, gaussians, y)
         x = means.expand(len(y), -1, -1)
         if generator is not None:
             roots = torch.stack([_root(covariance) for covariance in covariances])
@@ -504,7 +505,7 @@ def _cases(
     logs = [mixture.weights.log().view(1, *place) for mixture, place in zip(mixtures, places)]
     log_weights = sum(logs[1:], logs[0])
     size = len(noise)
-    count = max(1, CHOICES // (choices * size if len(maps) == 1 else choices))
+    count = max(1, 8 * CHOICES // (choices * size) if len(maps) == 1 else CHOICES // choices)
     for first in range(0, len(view.y), count):
         y = view.y[first : first + count].double().flatten(1)
         a = maps[first : first + count] if len(maps) > 1 else maps

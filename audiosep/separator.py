@@ -111,7 +111,8 @@ class Separator:
         preset: "default", "published" or "paper", see `audiosep.samplers`.
         sampler: "hybrid", "dsg", "dps", "analytical", "mmps", "mmps-exact"; None is the preset's own.
         mixing: (C, K) gains with which the sources reach the C channels, in the order in which they are named; the
-            channels are then separated together, by "mmps-exact", and a stem is its source as each channel has it.
+            channels are then separated together, by "mmps" or "mmps-exact", and a stem is its source as each channel
+            has it.
             None: every channel is a recording of its own.
         steps: of the sampler, per sample; None is the preset's own number.
         sampling: more arguments of the sampler's class, such as {"t_init": 174, "floor": 0.001, "loss": {"stft": 0.0}}.
@@ -165,9 +166,8 @@ class Separator:
         if self.mixing is not None:
             if self.mixing.ndim != 2 or not self.mixing.isfinite().all():
                 raise UsageError(f"mixing is a finite matrix (channels, sources), got shape {tuple(self.mixing.shape)}")
-            if sampler not in (None, "mmps-exact"):
-                raise UsageError(f"a known mixing needs sampler 'mmps-exact', not {sampler!r}")
-            sampler = "mmps-exact"
+            if (sampler or PRESETS.get(preset)) not in ("mmps", "mmps-exact"):
+                raise UsageError(f"a known mixing needs sampler 'mmps' or 'mmps-exact', not {sampler or preset!r}")
         self.preset, self.sampler, self.steps = preset, sampler, steps
         self.sampling = dict(sampling or {})
         self.segment, self.overlap = segment or SEGMENT, overlap
@@ -451,7 +451,9 @@ class Separator:
                 f"the mixing matrix has {self.mixing.shape[1]} columns, for {len(sources)} sources "
                 f"({', '.join(source.name for source in sources)})"
             )
-        return self._build(joint, operator=Mixing(self.mixing))
+        exact = self.sampler == "mmps-exact"
+        known: dict[str, Any] = {"operator": Mixing(self.mixing)} if exact else {"mixing": self.mixing}
+        return self._build(joint, **known)
 
     def _build(self, joint: JointPrior, **options: Any) -> Sampler:
         options |= sampler_options(self.sampling)

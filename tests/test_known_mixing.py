@@ -32,22 +32,24 @@ def separator(mixing, **options):
     return Separator(priors, mixing=mixing, samples=2, segment=0.5, **options)
 
 
+@pytest.mark.parametrize("sampler", [None, "mmps-exact"])
 @pytest.mark.parametrize("channels", [2, 3])
-def test_sources_come_out_as_each_channel_has_them(channels):
+def test_sources_come_out_as_each_channel_has_them(channels, sampler):
     rng = np.random.default_rng(0)
     x = 0.1 * rng.standard_normal((2, 12000)) * np.array([[1.0], [0.3]])
     gains = GAINS[:channels]
-    result = separator(gains)(gains @ x, 16000)
+    result = separator(gains, sampler=sampler)(gains @ x, 16000)
     for k, stem in enumerate(result.sources.values()):
         truth = gains[:, k, None] * x[k]
         assert np.square(stem - truth).sum() < 2e-3 * np.square(truth).sum()
     assert np.allclose(sum(result.sources.values()), gains @ x)
-    assert result.report["sampler"]["name"] == "mmps-exact"
+    assert result.report["sampler"]["name"] == (sampler or "mmps")
 
 
-def test_one_channel_of_two_white_sources_is_shared_out_by_their_gains():
+@pytest.mark.parametrize("sampler", [None, "mmps-exact"])
+def test_one_channel_of_two_white_sources_is_shared_out_by_their_gains(sampler):
     x = 0.1 * np.random.default_rng(1).standard_normal((1, 8000))
-    result = separator([[2.0, 1.0]])(x, 16000)
+    result = separator([[2.0, 1.0]], sampler=sampler)(x, 16000)
     mean = [np.vdot(stem, x) / np.vdot(x, x) for stem in result.sources.values()]
     assert mean == pytest.approx([0.8, 0.2], abs=0.05)
 
@@ -60,6 +62,8 @@ def test_matrices_that_do_not_fit_are_refused(tmp_path):
         separator(GAINS[:2])(x, 16000, ["speech", "speech", "sound"])
     with pytest.raises(UsageError, match="not 'hybrid'"):
         separator(GAINS, sampler="hybrid")
+    with pytest.raises(UsageError, match="not 'published'"):
+        separator(GAINS, preset="published")
     with pytest.raises(UsageError, match="finite"):
         separator([[np.nan, 1.0]])
     file = tmp_path / "A.csv"

@@ -10,15 +10,15 @@ from audiosep.multiview_start import View, fit_gaussians, posterior
 from audiosep.operators import Matrix, Mixing
 
 
-def complete(rows=1000, noise=0.1, m=N):
+def complete(rows=1000, noise=0.1, mean=2.0):
     """Background along one axis, target along another one, all numbers seen."""
     axes = torch.linalg.qr(normal(N, N, seed=5))[0]
     views, truth = [], []
     for number, names in enumerate((("b",), ("b", "t"))):
         latent = normal(rows, 2, seed=70 + number)
-        x = torch.stack((3 * latent[:, :1] * axes[0], 2 + 2 * latent[:, 1:] * axes[1]), 1)[:, : len(names)]
-        maps = torch.eye(N, dtype=torch.float64)[:m].expand(rows, len(names), -1, -1)
-        views.append(View(names[-1], names, Matrix(maps)(x) + noise * normal(rows, m, seed=80), Matrix(maps), noise))
+        x = torch.stack((3 * latent[:, :1] * axes[0], mean + 2 * latent[:, 1:] * axes[1]), 1)[:, : len(names)]
+        maps = torch.eye(N, dtype=torch.float64).expand(rows, len(names), -1, -1)
+        views.append(View(names[-1], names, Matrix(maps)(x) + noise * normal(rows, N, seed=80), Matrix(maps), noise))
         truth.append(x)
     return views, truth[1], axes
 
@@ -50,10 +50,15 @@ def test_linear_rivals_find_the_targets_axis():
         assert torch.cov(made.T).diagonal().sum() == pytest.approx(4.0, rel=0.15)
     cpca = CPCA(*views, dims=1)
     assert abs((cpca.axes[:, 0] @ axes[1]).item()) > 0.99
-    assert error(cpca.draw(views[1], generator), truth) < 0.1
-    pcpca = PCPCA(*views, dims=1, gamma=0.9, steps=300)
+    assert error(cpca.draw(views[1], generator), truth) < 0.2
+
+
+@pytest.mark.parametrize(("gamma", "found"), [(0.0, 0), (0.9, 1)])
+def test_pcpca_turns_from_the_strongest_axis_to_the_targets_own(gamma, found):
+    views, _, axes = complete(mean=0.0)  # it has one mean for both views
+    pcpca = PCPCA(*views, dims=1, gamma=gamma, steps=300)
     axis = pcpca.loadings[:, 0] / pcpca.loadings[:, 0].norm()
-    assert abs((axis @ axes[1]).item()) > 0.97
+    assert abs((axis @ axes[found]).item()) > 0.97
 
 
 def test_variational_rivals_learn_to_tell_the_sources_apart():

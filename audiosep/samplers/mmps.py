@@ -9,6 +9,10 @@ By Tweedie's formula V_k = s^2 dD_k / dz_k. `MomentMatching` reads its diagonal 
 denoiser's gain: where a linear denoiser answers D = M Z bin by bin, V = s^2 M. M^2 is estimated as the ratio of the
 smoothed powers of D and Z. The answer adds up to the mixture at every step, and costs one forward pass.
 
+With several channels y = A x + noise and known A (C, K), the same is solved in every bin, with V = diag(s^2 M):
+
+    E[x_0 | x_t, y] = D + V A^T (A V A^T + sigma_y^2)^-1 (y - A D).
+
 François Rozet et al., "Learning Diffusion Priors from Observations by Expectation Maximization", 2024,
 https://arxiv.org/abs/2405.13712, section 4 (moment matching posterior sampling).
 """
@@ -23,7 +27,7 @@ from torch.nn.functional import avg_pool2d
 
 from audiosep.mixing import residual, shares
 from audiosep.prior import JointPrior
-from audiosep.samplers.base import Sampler
+from audiosep.samplers.base import Noise, Sampler
 from audiosep.stft import istft, stft
 
 
@@ -36,6 +40,8 @@ class MomentMatching(Sampler):
         hop_length: its hop.
         smooth: bins and frames over which the powers are averaged.
         power: exponent on the gain.
+        mixing: (C, K) gains of the sources in the channels of y (B, C, N); None is the sum of the sources, y (B, N).
+        noise: standard deviation of the channels' noise, where there is a mixing.
     """
 
     def __init__(
@@ -46,18 +52,39 @@ class MomentMatching(Sampler):
         hop_length: int = 128,
         smooth: tuple[int, int] = (3, 3),
         power: float = 1.0,
+        mixing: Tensor | None = None,
+        noise: float = 1e-3,
         **options: Any,
     ) -> None:
         super().__init__(prior, **options)
         self.n_fft, self.hop_length, self.smooth, self.power = n_fft, hop_length, smooth, power
+        self.mixing, self.noise = mixing, noise
+
+    def start(self, y: Tensor, noise: Noise) -> Tensor:
+        """The initial state (B, K, N); with a mixing, around the sources that fit the channels best."""
+        if self.mixing is None:
+            return super().start(y, noise)
+        x = torch.linalg.pinv(self.mixing.to(y)) @ y
+        return self.initial_alpha * (x + self.initial_ratio * noise(len(self.prior), y))
 
     def denoise(self, x_t: Tensor, y: Tensor, i: int) -> Tensor:
         """E[x_0 | x_t, y] (B, K, N)."""
         estimate = super().denoise(x_t, y, i)
         variance = self.gain(x_t / self.alphas[i], estimate) ** self.power
+        if self.mixing is not None:
+            return estimate + self._moved(estimate, self.ratios[i] ** 2 * variance, y)
         left = stft(residual(y, estimate), self.n_fft, self.hop_length)
         moved = istft(shares(variance) * left[:, None], self.n_fft, self.hop_length, y.shape[-1])
         return estimate + moved
+
+    def _moved(self, estimate: Tensor, variance: Tensor, y: Tensor) -> Tensor:
+        """V A^T (A V A^T + sigma_y^2)^-1 (y - A D), bin by bin, (B, K, N)."""
+        a = self.mixing.to(y)  # type: ignore[union-attr]
+        left = torch.view_as_real(stft(y - a @ estimate, self.n_fft, self.hop_length)).movedim(1, 3)  # (B, F, M, C, 2)
+        back = variance.movedim(1, -1)[..., None] * a.T  # (B, F, M, K, C)
+        noise = self.noise**2 * torch.eye(len(a), dtype=y.dtype, device=y.device)
+        moved = back @ torch.linalg.solve(a @ back + noise, left)
+        return istft(torch.view_as_complex(moved.movedim(3, 1).contiguous()), self.n_fft, self.hop_length, y.shape[-1])
 
     def gain(self, noisy: Tensor, estimate: Tensor) -> Tensor:
         """Magnitude of the denoiser's gain per bin (B, K, F, M)."""

@@ -104,9 +104,14 @@ class ExactMomentMatching(Sampler):
             if left[0].numel() <= self.direct:
                 return answer + self._directly(lift, left, variance)
             weights = conjugate_gradients(
-                lambda w: variance * w + self.operator(lift(w)), left, self.iterations, self.tolerance
+                lambda w: variance * w + self.operator(lift(w)),
+                left,
+                self.iterations,
+                self.tolerance,
+                float(variance.min()),
             )
-            return answer + lift(weights)
+            moved = lift(weights)
+            return answer + _no_further(moved, self.operator(moved), left)
 
     def _directly(self, lift: Callable[[Tensor], Tensor], left: Tensor, variance: Tensor) -> Tensor:
         """V A^T C^-1 left, from M backward passes."""
@@ -129,6 +134,15 @@ class ExactMomentMatching(Sampler):
         return alpha * (z - self.tau * (z - answer) + s * (2 * self.tau) ** 0.5 * noise(len(self.prior), x_t))
 
 
+def _no_further(moved: Tensor, seen: Tensor, left: Tensor) -> Tensor:
+    """The step `moved` (B, K, N), shortened where the observation `seen` of it overshoots what was left of y.
+
+    An exact step never does; that of a learned denoiser, whose Jacobian is not symmetric, may by far.
+    """
+    along = (seen * left).flatten(1).sum(1) / seen.square().flatten(1).sum(1).clamp(min=1e-30)
+    return along.clamp(0, 1)[:, None, None] * moved
+
+
 def solve(covariance: Tensor, variance: Tensor, right: Tensor) -> Tensor:
     """(covariance + diag(variance))^-1 right, where the covariance is one.
 
@@ -148,12 +162,14 @@ def solve(covariance: Tensor, variance: Tensor, right: Tensor) -> Tensor:
     return scale * (vectors @ inner[..., None])[..., 0]
 
 
-def conjugate_gradients(apply: Callable[[Tensor], Tensor], right: Tensor, iterations: int, tolerance: float) -> Tensor:
+def conjugate_gradients(
+    apply: Callable[[Tensor], Tensor], right: Tensor, iterations: int, tolerance: float, least: float = 0.0
+) -> Tensor:
     """Solve apply(w) = right (B, ...) for every row on its own.
 
-    A row stays as it is once its residual is at most `tolerance` times its right side, or where `apply` turns out not
-    to be positive. Magnus Hestenes and Eduard Stiefel, "Methods of Conjugate Gradients for Solving Linear Systems",
-    1952, https://doi.org/10.6028/jres.049.044.
+    A row stays as it is once its residual is at most `tolerance` times its right side, or where `apply` turns out to
+    have an eigenvalue that is not above `least`. Magnus Hestenes and Eduard Stiefel, "Methods of Conjugate Gradients
+    for Solving Linear Systems", 1952, https://doi.org/10.6028/jres.049.044.
     """
 
     def dot(a: Tensor, b: Tensor) -> Tensor:
@@ -168,7 +184,7 @@ def conjugate_gradients(apply: Callable[[Tensor], Tensor], right: Tensor, iterat
     for _ in range(iterations):
         turned = apply(direction)
         curvature = dot(direction, turned)
-        going = (power > goal) & (curvature > 0)
+        going = (power > goal) & (curvature > least * dot(direction, direction))
         if not going.any():
             break
         step = torch.where(going, power / curvature.where(going, torch.ones_like(curvature)), 0.0)
