@@ -5,7 +5,6 @@ A bad file fails alone; the others go on.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -111,6 +110,8 @@ def check(options: Options) -> None:
         fields = {name for _, name, _, _ in Formatter().parse(options.template) if name is not None}
     except ValueError as error:
         raise UsageError(f"--filename {options.template!r}: {error}") from None
+    if options.to_stdout and options.sources == ["auto"]:
+        raise UsageError("-o - writes the first stem: name it, as in -s speech,dog")
     if not {"stem", "ext"} <= fields or not fields <= {"track", "stem", "ext"}:
         raise UsageError(f"--filename {options.template!r}: must hold {{stem}} and {{ext}}, may hold {{track}}")
 
@@ -145,14 +146,14 @@ def plan(inputs: Sequence[str], stems: list[str], options: Options) -> tuple[lis
                 track = relative.as_posix()
             paths = {name: options.path(track, name, options.format) for name in names}
             jobs.append(Job(source, track, paths))
-    _check_clashes(jobs)
+    _check_clashes(jobs, options)
     return jobs, failures
 
 
-def _check_clashes(jobs: list[Job]) -> None:
+def _check_clashes(jobs: list[Job], options: Options) -> None:
     taken: dict[Path, Job] = {}
     for job in jobs:
-        for path in job.stems.values():
+        for path in _marks(job, options):
             other = taken.setdefault(path, job)
             if other is not job:
                 raise UsageError(
@@ -210,7 +211,7 @@ def _one(separator: SeparatesFiles, job: Job, options: Options, progress: Callba
     try:
         if options.to_stdout:
             _to_stdout(separator, job, options, progress, result)
-        elif options.existing == "skip" and all(p.exists() for p in job.stems.values()):
+        elif options.existing == "skip" and _is_done(job, options):
             result.status = "skipped"
             result.stems = {stem: os.fspath(path) for stem, path in job.stems.items()}
         else:
@@ -254,7 +255,7 @@ def _to_files(separator: SeparatesFiles, job: Job, options: Options, progress: C
     result.stems = {stem: os.fspath(path) for stem, path in written.items()}
     result.notes = _notes(facts)
     json_path = options.path(job.track, "report", "json")
-    write_json(json_path, facts)
+    report.write_json(json_path, facts)
     result.report = os.fspath(json_path)
     if options.page:
         html_path = options.path(job.track, "report", "html")
@@ -295,7 +296,7 @@ def dry(jobs: Sequence[Job], options: Options) -> Generator[Result, None, None]:
         try:
             with audio.open_reader(job.source):
                 pass
-            if options.existing == "skip" and all(p.exists() for p in job.stems.values()):
+            if options.existing == "skip" and _is_done(job, options):
                 result.status = "skipped"
             elif not options.to_stdout:
                 for path in job.stems.values():
@@ -303,38 +304,6 @@ def dry(jobs: Sequence[Job], options: Options) -> Generator[Result, None, None]:
         except AudioError as error:
             result = Result(os.fspath(job.source), "failed", error=str(error))
         yield result
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON under a temporary name, then rename; what is no number becomes null."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(
-            json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n",
-            encoding="utf-8",
-            errors="backslashreplace",
-        )
-        os.replace(partial, path)
-    except OSError as error:
-        raise AudioError(f"{path}: can't be written: {error.strerror}") from None
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _plain(value: Any) -> Any:
-    """The value in JSON's types."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if hasattr(value, "tolist"):
-        return _plain(value.tolist())
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    return str(value)
 
 
 def _write_page(path: Path, job: Job, stems: dict[str, Path], facts: dict[str, Any]) -> None:
@@ -348,6 +317,15 @@ def _excerpt(path: Path) -> tuple[np.ndarray, int]:
     with audio.open_reader(path) as reader:
         rate = reader.info.sample_rate
         return next(reader.blocks(math.ceil(PAGE_SECONDS * rate))), rate
+
+
+def _is_done(job: Job, options: Options) -> bool:
+    return all(path.exists() for path in _marks(job, options))
+
+
+def _marks(job: Job, options: Options) -> list[Path]:
+    """The files that a separation leaves: the stems; the report where they are known once the recording is heard."""
+    return list(job.stems.values()) if options.sources != ["auto"] else [options.path(job.track, "report", "json")]
 
 
 def _refuse_existing(path: Path, options: Options) -> None:

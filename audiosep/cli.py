@@ -134,7 +134,8 @@ def separate(
             "-s",
             "--sources",
             help="Class names of the loaded priors, comma-separated, in any case; 'sound' is a"
-            " sound of any class; repeats become speech_1, speech_2.  [default: one of each prior]",
+            " sound of any class; repeats become speech_1, speech_2; 'auto' listens first."
+            "  [default: one of each prior]",
         ),
     ] = None,
     device: Device = "auto",
@@ -204,10 +205,10 @@ def separate(
             _refuse_both(report, "--report", True, "-o -")
         stack.enter_context(_logging(shown, verbose=verbose, quiet=quiet))
 
+        from audiosep.direct import load
         from audiosep.mixing import read_mixing
-        from audiosep.separator import Separator
 
-        separator: Any = Separator.from_pretrained(
+        separator: Any = load(
             _split(model),
             device=device,
             dtype=dtype.value,
@@ -262,57 +263,200 @@ def _show_result(result: Result, shown: Display, *, as_json: bool, quiet: bool) 
 
 @app.command()
 def evaluate(
+    recipe: Annotated[
+        Path | None,
+        typer.Argument(help="Separators and tasks: a TOML file, see recipes/unasdiff. Without one, -n on --task."),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Change a value of the recipe; may be repeated."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("-o", "--out", help="Folder for the rows, the stems, the tables and report.html; a run goes on."),
+    ] = None,
     task: Annotated[
-        str, typer.Option(help="What each mixture holds, as in 1speech+1sound or 2speech.")
-    ] = "1speech+1sound",
-    count: Annotated[int, typer.Option(min=1, help="Mixtures to separate.")] = 20,
-    seed: Annotated[int, typer.Option(min=0, help="Chooses the mixtures and the noise.")] = 0,
-    length: Annotated[float, typer.Option(min=0.5, help="Seconds of a mixture.")] = 4.0,
+        list[str] | None,
+        typer.Option(help="What each mixture holds, as in 2speech; may be repeated.  [default: 1speech+1sound]"),
+    ] = None,
+    count: Annotated[int | None, typer.Option(min=1, help="Mixtures of each task.  [default: 20]")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Chooses the mixtures.  [default: 0]")] = None,
+    length: Annotated[float | None, typer.Option(min=0.5, help="Seconds of a mixture.  [default: 4]")] = None,
+    manifest: Annotated[
+        Path | None,
+        typer.Option(help="The recordings to mix, as a prepare.py lists them.  [default: data/open16k.csv]"),
+    ] = None,
+    estimates: Annotated[
+        Path | None, typer.Option(help="Score these stems instead: a folder per item, see --references.")
+    ] = None,
+    references: Annotated[
+        Path | None, typer.Option(help="The true sources, a folder per item, as audiosep mix writes them.")
+    ] = None,
     model: Models = DEFAULT_MODELS,
-    manifest: Annotated[Path, typer.Option(help="The recordings to mix, as a recipe's prepare.py lists them.")] = Path(
-        "data/open16k.csv"
-    ),
     preset: PresetOption = Preset.default,
     sampler: SamplerOption = None,
     steps: Steps = None,
     samples: Samples = None,
     device: Device = "auto",
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="One JSON line per mixture, as it is scored.")] = None,
     verbose: Verbose = False,
     as_json: AsJson = False,
 ) -> None:
-    """Score separators on mixtures of a corpus.
+    """Score separators on mixtures of a corpus, or stems that any program made.
 
-    Prints the mean, the median and the interval of the scores.
+    Prints a table of scores with 95 % intervals.
+    """
+    from audiosep import distributed
+    from audiosep.progress import display
+
+    main_process = distributed.rank() == 0
+    shown = display("auto", quiet=not main_process)
+    with _errors(verbose, shown), _logging(shown, verbose=verbose):
+        from audiosep.recipe import load, override
+
+        if estimates is not None or references is not None:
+            if estimates is None or references is None:
+                raise UsageError("--estimates and --references go together")
+            _refuse_both(recipe is not None, "a recipe", True, "--estimates")
+            from audiosep import stems
+
+            wanted: dict[str, Any] = {"evaluate": {}}
+            for setting in settings or []:
+                override(wanted, setting)
+            more = wanted["evaluate"].get("metrics", ())
+            with shown:
+                scored = stems.run(estimates, references, out, more, shown.file(estimates.name))
+            _show_summaries(scored, {}, as_json)
+            return
+        from audiosep import evaluate as module
+
+        options = {"preset": preset.value, "sampler": sampler and sampler.value, "steps": steps, "samples": samples}
+        options |= {"models": model, "device": device}
+        unchanged = {"preset": "default", "models": DEFAULT_MODELS, "device": "auto"}
+        chosen = {key: value for key, value in options.items() if value != unchanged.get(key)}
+        if recipe is None:
+            separators = {_model_folder(model): {"models": model, **chosen}}
+            tables: dict[str, Any] = {"evaluate": {"manifest": "data/open16k.csv"}, "separators": separators}
+        elif chosen:
+            key, value = next(iter(chosen.items()))
+            raise UsageError(f"a recipe's separators have their own options: use --set separators.NAME.{key}={value}")
+        else:
+            tables = load(recipe)
+        given = {"manifest": manifest and str(manifest), "tasks": task, "count": count, "seed": seed, "segment": length}
+        tables.setdefault("evaluate", {}).update({key: value for key, value in given.items() if value is not None})
+        for setting in settings or []:
+            override(tables, setting)
+        with shown:
+            summaries = module.run(tables, out, shown.file(recipe.stem if recipe else "mixtures"))
+        if not main_process:
+            return
+        _show_summaries(summaries, tables.get("published", {}), as_json)
+        if out is not None and not as_json:
+            shown.result(os.fspath(out / "report.html"))
+        if any(summary.get("errors") for summary in summaries):
+            raise typer.Exit(EXIT_FAILED)
+
+
+def _show_summaries(summaries: list[dict[str, Any]], published: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(summaries))
+        return
+    from rich.console import Console
+
+    from audiosep import results
+
+    Console().print(results.table(summaries, published))
+
+
+@app.command()
+def diagnose(
+    mixture: Annotated[Path, typer.Argument(help="A recording whose sources are known.", show_default=False)],
+    references: Annotated[
+        list[Path],
+        typer.Option(
+            "--references", help="A source's recording, in the order of -s; once for each.", show_default=False
+        ),
+    ],
+    sources: Annotated[
+        str | None,
+        typer.Option("-s", "--sources", help="What the references are, as in separate.  [default: one of each prior]"),
+    ] = None,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for report.html and diagnosis.json.")] = Path(
+        "diagnosis"
+    ),
+    model: Models = DEFAULT_MODELS,
+    sampler: Annotated[
+        list[Sampler] | None,
+        typer.Option(help="A sampler that takes gradients; may be repeated.  [default: dps, dsg, hybrid]"),
+    ] = None,
+    preset: PresetOption = Preset.published,
+    steps: Steps = None,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Of the recording, from its start.")] = 4.0,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same noise.")] = 0,
+    device: Device = "auto",
+    verbose: Verbose = False,
+) -> None:
+    """Draw how guidance works on a mixture: its strength, its conflict with the priors, each source's SI-SDR."""
+    from audiosep.progress import display
+
+    shown = display("auto")
+    with _errors(verbose, shown), _logging(shown, verbose=verbose):
+        from audiosep import diagnose as module
+        from audiosep.separator import Separator
+
+        samplers = [name.value for name in sampler] if sampler else list(module.SAMPLERS)
+        separators = {
+            name: Separator.from_pretrained(
+                _split(model), device=device, preset=preset.value, sampler=name, steps=steps, seed=seed
+            )
+            for name in samplers
+        }
+        with shown:
+            progress = shown.file(mixture.name)
+            names = _split(sources) if sources is not None else None
+            shown.result(os.fspath(module.run(separators, mixture, references, out, names, seconds, progress)))
+
+
+@app.command()
+def mix(
+    manifest: Annotated[Path, typer.Argument(help="The recordings to mix, as a recipe's prepare.py lists them.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for mixtures/, references/ and mixtures.jsonl.")],
+    task: Annotated[
+        str, typer.Option(help="What each mixture holds, as in 1speech+1sound or 3sound.")
+    ] = "1speech+1sound",
+    count: Annotated[int, typer.Option(min=1, help="Mixtures to make.")] = 400,
+    seed: Annotated[int, typer.Option(min=0, help="Chooses clips, offsets and levels.")] = 17,
+    length: Annotated[float, typer.Option(min=0.5, help="Seconds of a mixture.")] = 4.0,
+    sample_rate: Annotated[int, typer.Option(min=1000, help="In Hz.")] = 16000,
+    split: Annotated[str, typer.Option(help="Which rows of the manifest.")] = "test",
+    model: Annotated[
+        str | None, typer.Option("-n", "--model", help="Keep to classes of sound that these checkpoints know.")
+    ] = None,
+    verbose: Verbose = False,
+) -> None:
+    """Mix recordings of a corpus, to score separators on: the same mixtures on every machine.
+
+    Distinct speakers and classes that overlap, each at -25 to -20 dBFS. Prints the folder's list of what was drawn.
     """
     from audiosep.progress import display
 
     shown = display("auto")
     with _errors(verbose, shown), _logging(shown, verbose=verbose):
-        from audiosep import evaluate as module
+        from audiosep import mixtures
 
         with shown:
-            summary = module.run(
-                manifest=manifest,
+            path = mixtures.write(
+                manifest,
+                out,
                 task=task,
                 count=count,
                 seed=seed,
-                models=model,
                 segment=length,
-                out=out,
+                sample_rate=sample_rate,
+                split=split,
+                classes=mixtures.known_classes(_split(model)) if model else None,
                 progress=shown.file(task),
-                preset=preset.value,
-                sampler=sampler and sampler.value,
-                steps=steps,
-                samples=samples,
-                device=device,
             )
-        if as_json:
-            print(json.dumps(summary))
-            return
-        from rich.console import Console
-
-        Console().print(module.table([summary]))
+        shown.result(os.fspath(path))
 
 
 @app.command("train")
@@ -375,7 +519,7 @@ def blind(
     recording: Annotated[
         Path,
         typer.Argument(
-            help="Channels mixed at once: audio, csv, tsv, txt (a column each), npy or mat.", show_default=False
+            help="Channels mixed at once: audio, csv, tsv, txt (a column each), npy, mat, edf.", show_default=False
         ),
     ],
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the sources and report.html.")] = Path("sources"),

@@ -268,8 +268,9 @@ class MixtureDataset(Dataset[dict[str, Any]]):
     is uniform in `level` (dBFS), and the mixture is their sum.
 
     Item i, the same on every machine: `mixture` (T,), `sources` (K, T), `names` (what to ask a
-    separator for: "speech" or the class), `labels` (speaker or class), `ids` (the clips' paths);
-    speech first. `classes` keeps to sounds of these classes (names compared without case).
+    separator for: "speech" or the class), `labels` (speaker or class), `ids` (the clips' paths),
+    `starts` and `lengths` (samples of the canvas that a clip takes), `gains` (its factor); speech
+    first. `classes` keeps to sounds of these classes (names compared without case).
     A clip that can't be decoded is an error: without it these would be other mixtures.
     """
 
@@ -307,6 +308,13 @@ class MixtureDataset(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return self.count
 
+    def fingerprint(self) -> str:
+        """Of the clips drawn from: other clips make other mixtures."""
+        pools = [*self.speakers.values()] if self.n_speech else []
+        pools += [*self.classes.values()] if self.n_sound else []
+        names = "\n".join(f"{item.label} {item.id}" for pool in pools for item in pool)
+        return hashlib.sha256(names.encode()).hexdigest()[:16]
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not 0 <= index < self.count:
             raise IndexError(index)
@@ -320,10 +328,11 @@ class MixtureDataset(Dataset[dict[str, Any]]):
         waves = [wave for _, wave in drawn]
         sizes = [wave.size for wave in waves]
         starts = _overlapping(rng, sizes, length) if self.n_sound else [0] * len(waves)
-        sources = np.zeros((len(waves), length))
+        sources, gains = np.zeros((len(waves), length)), []
         for row, start, wave in zip(sources, starts, waves):
             row[start : start + wave.size] = wave
-            row *= _gain(row, _uniform(rng, *self.level))
+            gains.append(_gain(row, _uniform(rng, *self.level)))
+            row *= gains[-1]
         stems = torch.from_numpy(sources.astype(np.float32))
         items = [item for item, _ in drawn]
         return {
@@ -332,6 +341,9 @@ class MixtureDataset(Dataset[dict[str, Any]]):
             "names": ["speech" if item.kind == "speech" else item.label for item in items],
             "labels": [item.label for item in items],
             "ids": [item.id for item in items],
+            "starts": starts,
+            "lengths": sizes,
+            "gains": gains,
         }
 
     def _draw(self, rng: np.random.Generator, clips: list[Item], length: int) -> tuple[Item, NDArray[np.float64]]:
@@ -355,9 +367,10 @@ class SourceDataset(Dataset[dict[str, Any]]):
       at the same level, with probability `join`, or else it lies somewhere in silence;
     - sound: one active span, drawn by length, a random part of it when it is too long, somewhere
       in silence when it is too short.
-    The RMS over the whole window is uniform in `level` (dBFS); before, `speed` (0.1: +-10 %, pitch
-    too) and `polarity` (a sign) vary the clip, after, `gain` adds +-gain dB of level. With `cache`,
-    a folder, the recordings are decoded once, see `Cache`.
+    The RMS over the whole window is uniform in `level` (dBFS), with `gain` wider by +-gain dB. For a small corpus,
+    `speed` (0.1: +-10 %, pitch too), `polarity` (a sign), `equaliser` (every octave +-so many dB) and `room` (the share
+    of windows that are heard in a room, of 0.1 to 0.6 s reverberation time) vary the sound before. With `cache`, a
+    folder, the recordings are decoded once, see `Cache`.
 
     An item is `wave` (T,) float32 and `label`, the index in `classes`, or len(classes), which is
     the null class, for one that is not there. A clip that fails to decode is named in one warning,
@@ -378,6 +391,8 @@ class SourceDataset(Dataset[dict[str, Any]]):
         gain: float = 0.0,
         polarity: bool = True,
         speed: float = 0.0,
+        equaliser: float = 0.0,
+        room: float = 0.0,
         cache: str | Path | None = None,
     ) -> None:
         self.items = sorted(items)
@@ -387,9 +402,12 @@ class SourceDataset(Dataset[dict[str, Any]]):
             raise UsageError(f"count is at least 1 and seed at least 0, got {count} and {seed}")
         if not 0 <= speed < 1:
             raise UsageError(f"speed varies by less than 1, got {speed}")
+        if equaliser < 0 or not 0 <= room <= 1:
+            raise UsageError(f"equaliser is dB above 0 and room a share in 0..1, got {equaliser} and {room}")
         self.count, self.seed, self.segment, self.sample_rate = count, seed, segment, sample_rate
         self.join, self.level, self.gain = join, level, gain
         self.polarity, self.speed = polarity, speed
+        self.equaliser, self.room = equaliser, room
         self.index = {name.casefold(): i for i, name in enumerate(classes)}
         positions = {item.id: i for i, item in enumerate(self.items)}
         groups = _by_label(self.items).values()
@@ -423,6 +441,10 @@ class SourceDataset(Dataset[dict[str, Any]]):
                 break
         else:
             raise AudioError(f"no usable recording in 100 draws; {len(self.failed)} do not decode")
+        if self.equaliser:
+            wave = _equalised(rng, wave, self.equaliser, self.sample_rate)
+        if self.room and rng.random() < self.room:
+            wave = _in_room(rng, wave, self.sample_rate)
         wave = wave * _gain(wave, _uniform(rng, *self.level) + _uniform(rng, -self.gain, self.gain))
         label = self.index.get(self.items[position].label.casefold(), len(self.index))
         return {"wave": torch.from_numpy(wave.astype(np.float32)), "label": label}
@@ -485,6 +507,30 @@ def _excerpt(rng: np.random.Generator, wave: Wave, kind: str, length: int, sampl
         start, end = spans[_index_by(rng, np.cumsum([b - a for a, b in spans]))]
         wave = wave[start:end]
     return _part(rng, wave, length)
+
+
+def _equalised(
+    rng: np.random.Generator, wave: NDArray[np.float64], decibels: float, sample_rate: int
+) -> NDArray[np.float64]:
+    """A filter without phase whose gain is uniform in +-`decibels` at each octave, straight lines between them."""
+    octaves = sample_rate / 2 * 2.0 ** np.arange(-7, 1)
+    gains = [_uniform(rng, -decibels, decibels) for _ in octaves]
+    spectrum = np.fft.rfft(wave, 2 * wave.size)  # twice the length: what rings beyond the end does not come round
+    frequencies = np.fft.rfftfreq(2 * wave.size, 1 / sample_rate)
+    curve = np.interp(np.log2(np.maximum(frequencies, 1.0)), np.log2(octaves), gains)
+    return np.fft.irfft(spectrum * 10 ** (curve / 20))[: wave.size]
+
+
+def _in_room(rng: np.random.Generator, wave: NDArray[np.float64], sample_rate: int) -> NDArray[np.float64]:
+    """The direct sound and a room's echoes: noise, 0 to 12 dB weaker in all, that decays by 60 dB in 0.1 to 0.6 s."""
+    decay, weaker = _uniform(rng, 0.1, 0.6), _uniform(rng, 0.0, 12.0)
+    time = np.arange(round(decay * sample_rate)) / sample_rate
+    echoes = (rng.random(time.size) - 0.5) * 10 ** (-3 * time / decay)
+    echoes[: round(0.002 * sample_rate)] = 0.0  # the first wall is more than 0.7 m away
+    echoes *= 10 ** (-weaker / 20) / np.sqrt(np.square(echoes).sum())
+    echoes[0] = 1.0
+    size = wave.size + echoes.size
+    return np.fft.irfft(np.fft.rfft(wave, size) * np.fft.rfft(echoes, size), size)[: wave.size]
 
 
 def _part(rng: np.random.Generator, wave: Wave, length: int) -> Wave:

@@ -1,94 +1,269 @@
-"""How well a separator works: mixtures of a manifest's clips, a row per mixture, a summary.
+"""How well separators work: mixtures of a manifest's clips, a row per mixture as it is scored, a summary.
 
-Two SI-SDRs are always given: with the estimates in the order asked for ("fixed", what a user gets
-who names the classes), and in the best order ("permuted", as the UnaSDiff paper scores every task).
+A recipe names the mixtures and the separators:
+
+    [evaluate]              # keyword arguments of `Plan`
+    manifest = "data/open16k.csv"
+    tasks = ["1speech+1sound", "2sound"]
+    count = 200
+
+    [separators.default]    # `type` is one of MAKERS, the rest its keyword arguments; beside them `tasks` and `count`
+    models = "speech,sound" # that it is kept to, and `optional`: left out where its checkpoint isn't there
+
+    [published.paper]       # figures to print beside ours: task -> {column -> number}
+    "2sound" = { si_sdr_permuted = 10.44 }
+
+Two SI-SDRs are always given: with the estimates in the order asked for ("fixed", what a user gets who names the
+classes), and in the best order ("permuted", as the UnaSDiff paper scores every task). The other scores are taken in the
+best order. Every mixture, and the noise of its separation, follows from the recipe's seed and the mixture's number, so
+the rows are the same whichever process makes them, and a run that was killed goes on where it was. A row belongs to
+everything that it follows from (version, settings, weights, clips); rows of anything else in the file are left alone.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import logging
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
+import soundfile
 import torch
-from rich.table import Table
 from torch import Tensor
 
-from audiosep import metrics
-from audiosep.data import Item, MixtureDataset, read_manifest
-from audiosep.errors import AudiosepError, UsageError
+from audiosep import __version__, distributed, hub, metrics, results
+from audiosep.baselines import ORACLES
+from audiosep.data import MixtureDataset, parse_task, read_manifest
+from audiosep.direct import load
+from audiosep.errors import AudiosepError, ModelError, UsageError
 from audiosep.mixing import best_permutation
+from audiosep.recipe import build, check_tables
+from audiosep.separator import Separates, Separation, mix_seed
 
-if TYPE_CHECKING:
-    from audiosep.separator import Separates
-
-__all__ = ["markdown", "run", "score", "summarise", "table"]
+__all__ = ["MAKERS", "Plan", "Unprocessed", "run", "score"]
 
 # Rows hold decibels within +-100: beyond that lies rounding, and JSON has no infinity.
 LIMIT_DB = 100.0
+TABLES = ("evaluate", "separators", "published")
+SPEECH_ONLY = ("pesq", "estoi")
 
 Progress = Callable[[int, int | None, str], None]
 
+log = logging.getLogger("audiosep.evaluate")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which mixtures, and what is taken of them: the recipe's [evaluate].
+
+    Args:
+        manifest: the clean recordings, as a recipe's `prepare.py` lists them.
+        tasks: what each mixture holds, as in "1speech+2sound".
+        count: mixtures per task.
+        seed: chooses clips, offsets and levels.
+        split: of the manifest.
+        root: folder that the manifest's paths are relative to; None is the manifest's own.
+        segment: seconds of a mixture.
+        labels: ask for sounds by their class; otherwise the same sounds are asked for as "sound".
+        classes: classes of sound to draw from, or the checkpoint whose classes they are; None is what all separators
+            with classes know, or any.
+        metrics: scores beside SI-SDR: "sdr", "pesq" and "estoi" (these two of speech).
+        stems: keep every separation as FLAC, to be listened to.
+        page: separators whose best, median and worst mixtures `report.html` plays; None is the first one.
+    """
+
+    manifest: str
+    tasks: Sequence[str] = ("1speech+1sound",)
+    count: int = 20
+    seed: int = 0
+    split: str = "test"
+    root: str | None = None
+    segment: float = 4.0
+    labels: bool = True
+    classes: Sequence[str] | str | None = None
+    metrics: Sequence[str] = ()
+    stems: bool = True
+    page: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.tasks, str) or not self.tasks:
+            raise UsageError(f'tasks is a list such as ["1speech+1sound"], got {self.tasks!r}')
+        for task in self.tasks:
+            parse_task(task)
+        if self.count < 1:
+            raise UsageError(f"count is at least 1, got {self.count}")
+        unknown = [name for name in self.metrics if name not in metrics.METRICS or name == "si_sdr"]
+        if unknown:
+            known = ", ".join(name for name in metrics.METRICS if name != "si_sdr")
+            raise UsageError(f"metrics beside SI-SDR are {known}; got {', '.join(unknown)}")
+
+
+class Unprocessed:
+    """The mixture itself as every source: what any separator has to beat."""
+
+    def __init__(self, sample_rate: int = 16000) -> None:
+        self.sample_rate = sample_rate
+
+    def __call__(self, wave: Any, sample_rate: int, sources: Sequence[str] | None = None) -> Separation:
+        """The mixture, once per source asked for."""
+        stems = {f"{name}_{k}": wave for k, name in enumerate(sources or ())}
+        return Separation(stems, sample_rate, wave - wave, {})
+
+
+class Oracle:
+    """An upper bound that takes the references: no separator, and marked wherever it is shown.
+
+    Args:
+        mask: one of `baselines.ORACLES`.
+        sample_rate: in Hz.
+    """
+
+    oracle = True
+
+    def __init__(self, mask: str = "oracle-ratio-mask", sample_rate: int = 16000) -> None:
+        if mask not in ORACLES:
+            raise UsageError(f"mask is one of {', '.join(ORACLES)}, got {mask!r}")
+        self.mask, self.sample_rate = ORACLES[mask], sample_rate
+
+    def __call__(
+        self, wave: Tensor, sample_rate: int, sources: Sequence[str] | None = None, references: Tensor | None = None
+    ) -> Separation:
+        """The masked mixture wave (1, T), with the references (K, T) of the sources."""
+        assert references is not None
+        stems = self.mask(wave[0], references)
+        named = {f"{name}_{k}": stem[None] for k, (name, stem) in enumerate(zip(sources or (), stems))}
+        return Separation(named, sample_rate, wave - stems.sum(0), {})
+
+
+def _checkpoints(
+    models: str | Sequence[str] = "speech,sound",
+    preset: str = "default",
+    sampler: str | None = None,
+    steps: int | None = None,
+    samples: int | None = None,
+    sampling: Mapping[str, Any] | None = None,
+    segment: float | None = None,
+    overlap: float = 0.25,
+    seed: int | None = None,
+    consistent: bool = True,
+    batch: int | None = None,
+    checkpointing: bool | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+) -> Separates:
+    """What `direct.load` makes of checkpoints: priors with a sampler, or what separates by itself."""
+    options = {key: value for key, value in locals().items() if key != "models" and value is not None}
+    return load(models, **options)
+
+
+# `type` in a recipe's [separators.NAME] -> what makes it.
+MAKERS: dict[str, Callable[..., Separates]] = {
+    "checkpoints": _checkpoints,
+    "unprocessed": Unprocessed,
+    "oracle": Oracle,
+}
+
+
+@dataclass
+class Trial:
+    """One separator on one task."""
+
+    name: str
+    separator: Separates
+    dataset: MixtureDataset
+    labels: bool
+    metrics: Sequence[str]
+    header: dict[str, Any]
+    seed: int
+    stems: Path | None
+    rows: dict[int, dict[str, Any]] = field(default_factory=dict)
+    failed: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """Says which rows are this trial's: a digest of everything that they follow from."""
+        return hashlib.sha256(json.dumps(self.header, sort_keys=True).encode()).hexdigest()[:12]
+
+    @property
+    def missing(self) -> list[int]:
+        """The mixtures that nobody has tried yet."""
+        return [i for i in range(len(self.dataset)) if i not in self.rows and i not in self.failed]
+
+    @property
+    def ordered(self) -> list[dict[str, Any]]:
+        """The rows by mixture."""
+        return [self.rows[index] for index in sorted(self.rows)]
+
+    @property
+    def errors(self) -> int:
+        """Mixtures that could not be separated."""
+        return len(self.failed.keys() - self.rows.keys())
+
+    def stem_file(self, index: int) -> Path | None:
+        """Where the estimates of a mixture go, a channel each, in the best order."""
+        return None if self.stems is None else self.stems / self.key / f"{index:05d}.flac"
+
 
 def run(
-    manifest: str | Path,
-    task: str,
-    count: int,
-    seed: int,
-    models: str | Sequence[str] = "speech,sound",
+    tables: Mapping[str, Any],
     out: str | Path | None = None,
     progress: Progress | None = None,
-    *,
-    separator: Separates | None = None,
-    split: str = "test",
-    root: str | Path | None = None,
-    segment: float = 4.0,
-    labels: bool = True,
-    **options: Any,
-) -> dict[str, Any]:
-    """Separate `count` mixtures of a task and return the summary.
+    separators: Mapping[str, Separates] | None = None,
+) -> list[dict[str, Any]]:
+    """Separate and score what a recipe asks for, and return one summary per separator and task.
 
-    Sounds are kept to classes that the separator knows, and asked for by class; with labels=False
-    the same sounds are asked for as "sound". `out` is a file of JSON lines, one per mixture as it
-    is done; rows that are there already are kept, so that a run that was stopped goes on.
-    `separator` stands in for `Separator.from_pretrained(models, **options)`.
+    Args:
+        tables: the recipe, see the module's text.
+        out: folder for `rows.jsonl`, `stems`, and the summary as JSON, Markdown, CSV and a page; None keeps nothing.
+            Rows that are there already are kept, and those of other settings are left alone.
+        progress: called with (mixtures done, mixtures in all, what is done).
+        separators: name -> separator, beside those of the recipe.
+
+    A mixture that can't be separated is logged, counted in the summary, and tried again by the next run.
+
+    Raises:
+        UsageError: a key that nothing takes, a task that the recordings can't give, separators that can't be compared.
+        AudiosepError: a separator failed on every mixture.
     """
-    items = read_manifest(manifest, root, split)
-    models = models if isinstance(models, str) else ",".join(models)
-    if separator is None:
-        from audiosep.separator import Separator
-
-        separator = Separator.from_pretrained(models, **options)
-    classes = _classes(separator)
-    dataset = MixtureDataset(items, task, count, seed, segment, separator.sample_rate, classes=classes or None)
-    known = labels and bool(classes)
-    header = {
-        "task": task,
-        "seed": seed,
-        "models": models,
-        "segment": segment,
-        "labels": known,
-        "options": {key: str(value) for key, value in sorted(options.items()) if _matters(key, value)},
-        "weights": _weights(separator),
-        "items": _fingerprint(dataset),
-    }
-    rows = {} if out is None else _resume(Path(out), header)
-    for index in range(count):
+    check_tables(tables, TABLES)
+    plan = build(Plan, tables.get("evaluate", {}), "evaluate")
+    published = tables.get("published", {})
+    _check_published(published, plan)
+    if distributed.world_size() > 1 and out is None:
+        raise UsageError("several processes share their rows in a folder: name one with -o")
+    trials = _trials(plan, tables.get("separators", {}), separators or {}, None if out is None else Path(out))
+    file = None if out is None else Path(out) / "rows.jsonl"
+    if file is not None:
+        _read(file, trials)
+    for done, total, trial, index in _todo(trials):
         if progress is not None:
-            progress(index, count, task)
-        if index in rows:
-            continue
-        rows[index] = _row(separator, dataset[index], index, known)
-        if out is not None:
-            _append(Path(out), rows[index])
-    if progress is not None:
-        progress(count, count, task)
-    return summarise([rows[index] for index in range(count)], header)
+            progress(done, total, f"{trial.name}, {trial.header['task']}")
+        try:
+            row = _row(trial, index)
+            trial.rows[index] = row
+        except AudiosepError as error:
+            log.error("%s", error)
+            row = {"run": trial.key, "index": index, "error": str(error)}
+            trial.failed[index] = str(error)
+        if file is not None:
+            _append(file, row)
+    if file is not None:
+        _wait(file, trials)
+    for trial in trials:
+        if not trial.rows and trial.failed:
+            raise AudiosepError(f"{trial.name} failed on every mixture: {next(iter(trial.failed.values()))}")
+    scored = [({**trial.header, "errors": trial.errors}, trial.ordered) for trial in trials if trial.rows]
+    summaries = results.summarise(scored)
+    if out is not None and distributed.rank() == 0:
+        rows = {(header["separator"], header["task"]): found for header, found in scored}
+        results.write(Path(out), summaries, rows, published, _examples(plan, trials))
+    return summaries
 
 
 def score(estimates: Tensor, references: Tensor, mixture: Tensor) -> dict[str, Any]:
@@ -106,100 +281,97 @@ def score(estimates: Tensor, references: Tensor, mixture: Tensor) -> dict[str, A
     }
 
 
-def summarise(rows: Sequence[Mapping[str, Any]], header: Mapping[str, Any]) -> dict[str, Any]:
-    """Mean over sources, then over mixtures, with 95 % bootstrap intervals; `header` first."""
-    if not rows:
-        raise UsageError("no rows to summarise")
-
-    def means(key: str) -> np.ndarray:
-        return np.array([np.mean(row[key]) for row in rows])
-
-    fixed, permuted, mixture = means("si_sdr"), means("si_sdr_permuted"), means("mixture_si_sdr")
-    by_kind: dict[str, list[float]] = {"speech": [], "sound": []}
-    for row in rows:
-        for name, value in zip(row["names"], row["si_sdr"]):
-            by_kind["speech" if name == "speech" else "sound"].append(value)
-    evaluations = [row["evaluations"] for row in rows if row["evaluations"] is not None]
-    return {
-        **header,
-        "count": len(rows),
-        "mixture_si_sdr": _statistics(mixture),
-        "si_sdr": _statistics(fixed),
-        "si_sdri": _statistics(fixed - mixture),
-        "si_sdr_permuted": _statistics(permuted),
-        "si_sdri_permuted": _statistics(permuted - mixture),
-        "failure_rate": metrics.failure_rate(fixed),
-        "failure_rate_permuted": metrics.failure_rate(permuted),
-        "si_sdr_by_kind": {kind: float(np.mean(v)) for kind, v in by_kind.items() if v},
-        "seconds": float(means("seconds").mean()),
-        "evaluations": float(np.mean(evaluations)) if evaluations else None,
-    }
+# What is run --------------------------------------------------------------------------------------
 
 
-def table(summaries: Sequence[Mapping[str, Any]]) -> Table:
-    """A table for the terminal, one row per summary."""
-    header, *rows = _cells(summaries)
-    shown = Table()
-    for name in header:
-        shown.add_column(name, justify="left" if name in ("task", "models") else "right")
-    for row in rows:
-        shown.add_row(*row)
-    return shown
+def _trials(plan: Plan, tables: Mapping[str, Any], given: Mapping[str, Separates], out: Path | None) -> list[Trial]:
+    made = {name: found for name, table in tables.items() if (found := _make(name, table)) is not None}
+    separators = {**{name: separator for name, (separator, _) in made.items()}, **given}
+    if not separators:
+        raise UsageError("no separator to evaluate: the recipe has no table [separators.NAME]")
+    _check_names(plan, tables, separators)
+    rates = {name: separator.sample_rate for name, separator in separators.items()}
+    if len(set(rates.values())) > 1:
+        raise UsageError(f"separators that are compared must share a sample rate, got {rates}")
+    if "pesq" in plan.metrics and set(rates.values()) != {16000}:
+        raise UsageError(f"PESQ is of signals at 16000 Hz, the separators' are {rates}; leave it out of metrics")
+    items = read_manifest(plan.manifest, plan.root, plan.split)
+    classes = _asked_classes(plan) or _shared_classes(separators)
+    trials = []
+    for task in plan.tasks:
+        for name, separator in separators.items():
+            own = dict(made[name][1]) if name in made else {}
+            if task not in own.pop("tasks", plan.tasks):
+                continue
+            count = min(plan.count, own.pop("count", plan.count))
+            rate = separator.sample_rate
+            dataset = MixtureDataset(items, task, count, plan.seed, plan.segment, rate, classes=classes)
+            labels = plan.labels and bool(_classes(separator))
+            settings = getattr(separator, "settings", None)
+            header = {
+                "audiosep": __version__,
+                "separator": name,
+                "oracle": bool(getattr(separator, "oracle", False)),
+                "task": task,
+                "seed": plan.seed,
+                "segment": plan.segment,
+                "labels": labels,
+                "metrics": sorted(plan.metrics),
+                "options": {key: str(value) for key, value in sorted(own.items())} if settings is None else settings,
+                "weights": _weights(separator),
+                "items": dataset.fingerprint(),
+            }
+            stems = out / "stems" if out is not None and plan.stems else None
+            seed = mix_seed(plan.seed, getattr(separator, "seed", 0))
+            trials.append(Trial(name, separator, dataset, labels, plan.metrics, header, seed, stems))
+    return trials
 
 
-def markdown(summaries: Sequence[Mapping[str, Any]]) -> str:
-    """The same table as Markdown."""
-    header, *rows = _cells(summaries)
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def _check_names(plan: Plan, tables: Mapping[str, Any], separators: Mapping[str, Separates]) -> None:
+    """UsageError for a task or a separator that is asked for and isn't there: nothing is silently left out."""
+    for name, table in tables.items():
+        tasks = table.get("tasks", plan.tasks)
+        if isinstance(tasks, str) or not set(tasks) <= set(plan.tasks):
+            raise UsageError(f"separators.{name}.tasks is a list of some of {list(plan.tasks)}, got {tasks!r}")
+    unknown = set(plan.page or ()) - set(separators) - set(tables)
+    if unknown:
+        raise UsageError(f"page names separators that the recipe hasn't: {', '.join(sorted(unknown))}")
 
 
-def _cells(summaries: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    header = ["task", "models", "n", "mixture"]
-    for way in ("fixed", "permuted"):
-        header += [f"SI-SDR {way}", "95 %", "median", "SI-SDRi", "fails"]
-    lines = [[*header, "evaluations", "s"]]
-    for summary in summaries:
-        line = [summary["task"], summary["models"], str(summary["count"])]
-        line.append(f"{summary['mixture_si_sdr']['mean']:.2f}")
-        for suffix in ("", "_permuted"):
-            value, gain = summary[f"si_sdr{suffix}"], summary[f"si_sdri{suffix}"]
-            low, high = value["interval"]
-            line += [f"{value['mean']:.2f}", f"{low:.2f} to {high:.2f}", f"{value['median']:.2f}"]
-            line += [f"{gain['mean']:.2f}", f"{100 * summary[f'failure_rate{suffix}']:.1f} %"]
-        evaluations = summary["evaluations"]
-        line += ["-" if evaluations is None else f"{evaluations:.0f}", f"{summary['seconds']:.2f}"]
-        lines.append(line)
-    return lines
+def _check_published(published: Mapping[str, Any], plan: Plan) -> None:
+    for name, table in published.items():
+        for task, row in table.items():
+            if task == "note":
+                continue
+            parse_task(task)
+            unknown = set(row) - set(results.COLUMNS)
+            if unknown:
+                raise UsageError(f"published.{name}.{task}: no column {', '.join(sorted(unknown))}")
 
 
-def _row(separator: Separates, item: Mapping[str, Any], index: int, labels: bool) -> dict[str, Any]:
-    names = item["names"]
-    asked = [name if labels or name == "speech" else "sound" for name in names]
-    start = time.perf_counter()
-    try:
-        result = separator(item["mixture"][None], separator.sample_rate, sources=asked)
-        estimates = torch.stack([torch.as_tensor(s)[0] for s in result.sources.values()])
-        seconds = time.perf_counter() - start
-        if len(estimates) != len(names):
-            raise UsageError(f"asked for {len(names)} sources, got {len(estimates)}")
-        scores = score(estimates.cpu(), item["sources"], item["mixture"])
-    except AudiosepError as error:
-        clips = ", ".join(item["ids"])
-        raise type(error)(f"mixture {index} ({clips}): {error}") from error
-    return {
-        "index": index,
-        "ids": item["ids"],
-        "names": names,
-        **scores,
-        "seconds": seconds,
-        "evaluations": result.report.get("network_evaluations"),
-    }
+def _asked_classes(plan: Plan) -> list[str] | None:
+    if not isinstance(plan.classes, str):
+        return None if plan.classes is None else [name.casefold() for name in plan.classes]
+    return [name.casefold() for name in hub.read_config(hub.find(plan.classes)).get("classes", [])]
 
 
-def _matters(option: str, value: Any) -> bool:
-    """Whether an option changes the rows: where and how many at a time does not, nor a default."""
-    return value is not None and option not in ("device", "batch")
+def _make(name: str, table: Any) -> tuple[Separates, dict[str, Any]] | None:
+    """A separator and its table; None for an optional one whose checkpoint isn't there."""
+    if not isinstance(table, Mapping):
+        raise UsageError(f"[separators.{name}] is a table, got {table!r}")
+    options = dict(table)
+    kind, optional = options.pop("type", "checkpoints"), options.pop("optional", False)
+    if kind not in MAKERS:
+        raise UsageError(f"separators.{name}.type is one of {', '.join(MAKERS)}, got {kind!r}")
+    arguments = {key: value for key, value in options.items() if key not in ("count", "tasks")}
+    models = arguments.get("models", [])
+    for model in (models.split(",") if isinstance(models, str) else models) if optional else ():
+        try:
+            hub.find(model.strip())
+        except ModelError as error:
+            log.warning("%s is left out: %s", name, error)
+            return None
+    return build(MAKERS[kind], arguments, f"separators.{name}"), {**options, "type": kind}
 
 
 def _classes(separator: Separates) -> list[str]:
@@ -208,67 +380,188 @@ def _classes(separator: Separates) -> list[str]:
     return [name for prior in priors.values() for name in getattr(prior, "classes", ())]
 
 
+def _shared_classes(separators: Mapping[str, Separates]) -> list[str] | None:
+    """Classes that every separator with classes knows, so that all are given the same mixtures; None is any class."""
+    known = [{name.casefold() for name in _classes(separator)} for separator in separators.values()]
+    known = [names for names in known if names]
+    return sorted(set.intersection(*known)) if known else None
+
+
 def _weights(separator: Separates) -> dict[str, str]:
     """Hashes of the checkpoints: a name can stand for other weights tomorrow."""
-    priors = getattr(separator, "priors", {})
-    return {name: getattr(prior, "origin", {}).get("sha256", "") for name, prior in priors.items()}
+    origins = {name: getattr(prior, "origin", {}) for name, prior in getattr(separator, "priors", {}).items()}
+    return {name: origin.get("sha256", "") for name, origin in origins.items()}
+
+
+def _todo(trials: Sequence[Trial]) -> Iterator[tuple[int, int, Trial, int]]:
+    """(done, in all, trial, mixture): this process's share of what has no row yet."""
+    # Shared out before looking at what is done: what another process has done meanwhile must not move the shares.
+    share = distributed.shard([(trial, index) for trial in trials for index in range(len(trial.dataset))])
+    todo = [(trial, index) for trial, index in share if index not in trial.rows]
+    for done, (trial, index) in enumerate(todo):
+        yield done, len(todo), trial, index
+
+
+def _row(trial: Trial, index: int) -> dict[str, Any]:
+    item = trial.dataset[index]
+    names, separator = item["names"], trial.separator
+    asked = [name if trial.labels or name == "speech" else "sound" for name in names]
+    more = {"references": item["sources"]} if trial.header["oracle"] else {}
+    device = torch.device(getattr(separator, "device", "cpu"))
+    _reset_peak(device)
+    if hasattr(separator, "seed"):
+        separator.seed = mix_seed(trial.seed, index)
+    start = time.perf_counter()
+    try:
+        result = separator(item["mixture"][None], separator.sample_rate, sources=asked, **more)
+        stems = [torch.as_tensor(stem)[0].cpu() for stem in result.sources.values()]
+        seconds = time.perf_counter() - start
+        if len(stems) != len(names):
+            raise UsageError(f"asked for {len(names)} sources, got {len(stems)}")
+        if len({len(stem) for stem in stems}) > 1:
+            raise UsageError(f"stems differ in length: {[len(stem) for stem in stems]} samples")
+        estimates = torch.stack(stems)
+        scores = score(estimates, item["sources"], item["mixture"])
+        ordered = estimates[scores["permutation"]]
+        scores |= {
+            name: score_one(name, ordered, item["sources"], names, separator.sample_rate) for name in trial.metrics
+        }
+    except AudiosepError as error:
+        clips = ", ".join(item["ids"])
+        raise type(error)(f"{trial.name}, mixture {index} ({clips}): {error}") from error
+    _keep(trial.stem_file(index), ordered, separator.sample_rate)
+    return {
+        "run": trial.key,
+        "separator": trial.name,
+        "task": trial.header["task"],
+        "index": index,
+        "ids": item["ids"],
+        "names": names,
+        **scores,
+        "evaluations": result.report.get("network_evaluations"),
+        "seconds": seconds,
+        "memory_gib": _peak(device),
+    }
+
+
+def score_one(name: str, estimates: Tensor, references: Tensor, names: Sequence[str], rate: int) -> list[float | None]:
+    """One metric of each source; None where it is not defined: PESQ and ESTOI of what isn't speech, or is too short."""
+    found: list[float | None] = []
+    for estimate, reference, source in zip(estimates, references, names):
+        if name in SPEECH_ONLY and source != "speech":
+            found.append(None)
+            continue
+        try:
+            value = float(metrics.METRICS[name](estimate, reference, rate))
+            found.append(max(-LIMIT_DB, min(LIMIT_DB, value)))
+        except UsageError as error:
+            if "not installed" in str(error):
+                raise
+            log.warning("%s left out of the %s: %s", source, name.upper(), error)
+            found.append(None)
+    return found
 
 
 def _limited(decibels: Tensor) -> Tensor:
     return decibels.clamp(-LIMIT_DB, LIMIT_DB)
 
 
-def _statistics(values: np.ndarray) -> dict[str, Any]:
-    return {
-        "mean": float(values.mean()),
-        "median": float(np.median(values)),
-        "interval": list(metrics.bootstrap_interval(values)),
-    }
+def _reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the highest resident size
 
 
-def _fingerprint(dataset: MixtureDataset) -> str:
-    """Of the clips drawn from: other clips make other mixtures."""
-    pools: list[list[Item]] = [*dataset.speakers.values(), *dataset.classes.values()]
-    names = "\n".join(f"{item.label} {item.id}" for pool in pools for item in pool)
-    return hashlib.sha256(names.encode()).hexdigest()[:16]
+def _peak(device: torch.device) -> float | None:
+    """GiB at most since `_reset_peak`: of the GPU, or of the whole process where the system tells."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) / 2**20 for line in lines if line.startswith("VmHWM:")), None)
 
 
-def _resume(path: Path, header: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
-    """The rows of an earlier run of the same; starts the file when there is none."""
+# What is kept -------------------------------------------------------------------------------------
+
+
+def _read(path: Path, trials: Sequence[Trial]) -> None:
+    """Give every trial the rows that it has in the file; a line that a killed run left unfinished counts for none."""
     if not path.exists():
-        _append(path, header)
-        return {}
+        return
+    wanted = {trial.key: trial for trial in trials}
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        # A kill can fall into the middle of a character.
+        *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    except OSError as error:
         raise UsageError(f"{path}: can't be read: {error}") from error
-    whole = text[: text.rfind("\n") + 1]
-    try:
-        lines = [json.loads(line) for line in whole.splitlines()]
-    except ValueError as error:
-        raise UsageError(f"{path}: not a file of rows; choose another name") from error
-    if not lines:
-        path.unlink()
-        return _resume(path, header)
-    if lines[0] != header:
-        other = _difference(lines[0], header)
-        raise UsageError(f"{path} holds rows of another run ({other}); choose another name")
-    # A run that was killed may have left half a line.
-    os.truncate(path, len(whole.encode()))
-    return {row["index"]: row for row in lines[1:]}
-
-
-def _difference(old: Any, new: Mapping[str, Any]) -> str:
-    if not isinstance(old, Mapping):
-        return "no header"
-    changed = [key for key in new if old.get(key) != new[key]] or ["more keys"]
-    return ", ".join(f"{key} {old.get(key)!r}, here {new.get(key)!r}" for key in changed)
+    understood = 0
+    for line in lines:
+        try:
+            row = json.loads(line)
+            trial, index = wanted.get(row["run"]), row["index"]
+        except (ValueError, KeyError, TypeError):
+            continue
+        understood += 1
+        if trial is None or not 0 <= index < len(trial.dataset):
+            continue
+        if "error" in row:
+            trial.failed[index] = row["error"]
+        elif "si_sdr_permuted" in row:
+            trial.rows[index] = row
+    if lines and not understood:
+        raise UsageError(f"{path}: not a file of rows; choose another folder")
 
 
 def _append(path: Path, row: Mapping[str, Any]) -> None:
+    """One write per row: several processes may append to one file. A half line before it is closed first."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            size = os.fstat(handle).st_size
+            close = b"\n" if size and os.pread(handle, 1, size - 1) != b"\n" else b""
+            os.write(handle, close + json.dumps(row).encode() + b"\n")
+        finally:
+            os.close(handle)
     except OSError as error:
         raise UsageError(f"{path}: can't be written: {error}") from error
+
+
+def _wait(path: Path, trials: Sequence[Trial]) -> None:
+    """The first of several processes waits for the others' rows; a launcher ends it when one of them fails."""
+    while distributed.world_size() > 1 and distributed.rank() == 0 and any(trial.missing for trial in trials):
+        time.sleep(0.5)
+        _read(path, trials)
+
+
+def _keep(path: Path | None, stems: Tensor, rate: int) -> None:
+    if path is None or len(stems) > 8:  # FLAC's limit
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    soundfile.write(partial, stems.clamp(-1, 1).T.numpy(), rate, format="FLAC", subtype="PCM_16")
+    partial.replace(path)
+
+
+def _examples(plan: Plan, trials: Sequence[Trial]) -> list[results.Example]:
+    """Best, median and worst mixture of the separators that the page plays."""
+    chosen = [trials[0].name] if plan.page is None else list(plan.page)
+    examples = []
+    for trial in trials:
+        if trial.name not in chosen or not trial.rows:
+            continue
+        ranked = sorted(trial.rows.values(), key=lambda row: sum(row["si_sdr_permuted"]) / len(row["names"]))
+        picks = {"worst": ranked[0], "median": ranked[len(ranked) // 2], "best": ranked[-1]}
+        for which, row in picks.items():
+            path = trial.stem_file(row["index"])
+            if path is None or not path.exists():
+                continue
+            estimates = torch.from_numpy(soundfile.read(path, dtype="float32", always_2d=True)[0].T)
+            item = trial.dataset[row["index"]]
+            title = f"{trial.name}, {trial.header['task']}, {which}"
+            examples.append(results.Example(title, row, item, estimates, trial.separator.sample_rate))
+    return examples

@@ -1,9 +1,14 @@
-"""Train a prior from a recipe: what `audiosep.train` doesn't know, put together from its tables.
+"""Train a prior or a supervised network from a recipe: what `audiosep.train` doesn't know.
 
 A recipe's tables are keyword arguments: [prior] of `Prior`, [backbone] and [schedule] of what their `name` says in
 `hub`, [data] of `read_manifest` and `SourceDataset`, [train] of `train.Options`, [probe] of `Probe`, [card] of the
 model card. A run of `fit(tables, "my-prior")` leaves the checkpoint in `my-prior`, and its log, its state, samples to
 listen to and TensorBoard's files in `my-prior.run`.
+
+A recipe of a tagger has [tagger] of `Tagger`, with `of`, the prior whose classes it is to know, and `tasks`; its
+[probe] is of `TaggerProbe`. A recipe of a supervised network has [expert] of `Expert` and [network] of what its `name`
+says in `hub` in place of the prior's tables; its [data] is of `read_manifest` and `MixtureDataset`, its [probe] of
+`ExpertProbe`. One of NMF source models has [nmf] of `fit_nmf`, [data] and [card].
 """
 
 from __future__ import annotations
@@ -19,17 +24,23 @@ import torch
 from torch import Tensor
 
 from audiosep import distributed, hub, report, train
-from audiosep.data import KINDS, Item, MixtureDataset, SourceDataset, class_names, read_manifest
+from audiosep.baselines import fit_nmf
+from audiosep.data import KINDS, Item, MixtureDataset, SourceDataset, class_names, parse_task, read_manifest
 from audiosep.errors import UsageError
 from audiosep.evaluate import score
 from audiosep.prior import Prior
 from audiosep.recipe import build, check_tables
 from audiosep.separator import Separator
+from audiosep.supervised.expert import Expert
+from audiosep.tagger import TaggedMixtures, Tagger
 
-__all__ = ["Probe", "build_prior", "draw", "fit", "run_folder"]
+__all__ = ["ExpertProbe", "Probe", "build_expert", "build_prior", "draw", "fit", "run_folder"]
 
 TABLES = ("prior", "backbone", "schedule", "data", "train", "probe", "card")
+TAGGER_TABLES = ("tagger", "data", "train", "probe", "card")
+EXPERT_TABLES = ("expert", "network", "data", "train", "probe", "card")
 MANIFEST = ("manifest", "root", "kind", "least")  # keys of [data] that are not SourceDataset's
+TAGGED_TASKS = ("1speech", "1sound", "2speech", "1speech+1sound", "2sound", "1speech+2sound", "3sound")
 FOREVER = 2**40  # windows of a run whose budget is time
 
 log = logging.getLogger("audiosep.fit")
@@ -44,15 +55,24 @@ def fit(
     stop_minutes: float | None = None,
     progress: train.Progress | None = None,
 ) -> dict[str, Any]:
-    """Train the prior of a recipe and write its checkpoint to `out`; arguments and result as of `train.train`.
+    """Train what a recipe describes and write its checkpoint to `out`; arguments and result as of `train.train`.
 
     Raises:
         UsageError: a key of the recipe that nothing takes, or a value that doesn't fit.
     """
-    check_tables(tables, TABLES)
     out = Path(out)
     if out.exists() and not (out / hub.CONFIG).exists() and any(out.iterdir()):
         raise UsageError(f"{out} is there and not a checkpoint; choose another -o")
+    how = {"resume": resume, "device": device, "stop_minutes": stop_minutes, "progress": progress}
+    if "tagger" in tables:
+        return _fit_tagger(tables, out, **how)
+    if "nmf" in tables:
+        return _fit_nmf(tables, out, progress)
+    return _fit_expert(tables, out, **how) if "expert" in tables else _fit_prior(tables, out, **how)
+
+
+def _fit_prior(tables: Mapping[str, Any], out: Path, **how: Any) -> dict[str, Any]:
+    check_tables(tables, TABLES)
     options = build(train.Options, tables.get("train", {}), "train")
     data = _Data(tables)
     classes = data.classes()
@@ -61,11 +81,12 @@ def fit(
     windows = data.windows(data.train, (options.max_steps or FOREVER) * options.batch_size, options.seed, prior)
     probe = build(Probe, tables.get("probe", {}), "probe", data=data, prior=prior, folder=run_folder(out))
     card = build(_card, tables.get("card", {}), "card")
+    started = _started(tables.get("prior", {}).get("start"))
 
     def save(average: torch.nn.Module, facts: dict[str, Any]) -> None:
         assert isinstance(average, Prior)
         rows = train.read_log(run_folder(out))
-        facts = {**_facts(options, windows, facts), "device": _device_name(next(average.parameters()).device)}
+        facts = _facts(options, windows.segment, facts, average) | started
         if windows.failed:
             facts["recordings left out, as they can't be decoded"] = len(windows.failed)
         hub.save_prior(average, out, {**data.card(), **card, "metrics": probe.metrics(rows), "training": facts})
@@ -79,11 +100,71 @@ def fit(
         probe=probe,
         level=lambda batch: prior.steps_of(batch["index"]) / (len(prior.schedule) - 1),
         about={"prior": json.loads(json.dumps(prior.config)), "recordings": data.fingerprint()},
-        resume=resume,
-        device=device,
-        stop_minutes=stop_minutes,
-        progress=progress,
+        **how,
     )
+
+
+def _fit_expert(tables: Mapping[str, Any], out: Path, **how: Any) -> dict[str, Any]:
+    check_tables(tables, EXPERT_TABLES)
+    options = build(train.Options, tables.get("train", {}), "train")
+    torch.manual_seed(options.seed)
+    expert = build_expert(tables)
+    data = _Data(tables, kind=None)
+    count = (options.max_steps or FOREVER) * options.batch_size
+    mixtures = data.mixtures(data.train, expert, count, options.seed)
+    probe = build(ExpertProbe, tables.get("probe", {}), "probe", data=data, expert=expert)
+    card = build(_card, tables.get("card", {}), "card")
+
+    def save(average: torch.nn.Module, facts: dict[str, Any]) -> None:
+        rows = probe.metrics(train.read_log(run_folder(out)))
+        facts = _facts(options, mixtures.segment, facts, average)
+        hub.save_model(average, out, {**data.card(), **card, "metrics": rows, "training": facts})
+
+    return train.train(
+        expert,
+        mixtures,
+        run_folder(out),
+        options,
+        save=save,
+        probe=probe,
+        about={"expert": json.loads(json.dumps(expert.config)), "recordings": data.fingerprint()},
+        **how,
+    )
+
+
+def _fit_tagger(tables: Mapping[str, Any], out: Path, **how: Any) -> dict[str, Any]:
+    check_tables(tables, TAGGER_TABLES)
+    options = build(train.Options, tables.get("train", {}), "train")
+    torch.manual_seed(options.seed)
+    table = dict(tables["tagger"])
+    prior, tasks = hub.load_prior(table.pop("of", "sound")), table.pop("tasks", TAGGED_TASKS)
+    tagger = build(Tagger, table, "tagger", classes=prior.classes, sample_rate=prior.sample_rate)
+    data = _Data(tables, kind=None)
+    count = -(-(options.max_steps or FOREVER) * options.batch_size // len(tasks))
+    mixtures = data.tagged(data.train, tagger, tasks, count, options.seed)
+    probe = build(TaggerProbe, tables.get("probe", {}), "probe", data=data, tagger=tagger, tasks=tasks)
+    card = build(_card, tables.get("card", {}), "card")
+
+    def save(average: torch.nn.Module, facts: dict[str, Any]) -> None:
+        assert isinstance(average, Tagger)
+        rows = train.read_log(run_folder(out))
+        average.threshold = probe.last(rows).get("threshold", tagger.threshold)
+        facts = _facts(options, mixtures.segment, facts, average)
+        hub.save_model(average, out, {**data.card(), **card, "metrics": probe.metrics(rows), "training": facts})
+
+    about = {"tagger": json.loads(json.dumps(tagger.config)), "recordings": data.fingerprint()}
+    return train.train(tagger, mixtures, run_folder(out), options, save=save, probe=probe, about=about, **how)
+
+
+def _fit_nmf(tables: Mapping[str, Any], out: Path, progress: train.Progress | None) -> dict[str, Any]:
+    check_tables(tables, ("nmf", "data", "card"))
+    data = _Data(tables, kind=None)
+    if data.table:
+        raise UsageError(f"data.{min(data.table)}: no such setting; [data] takes manifest, root, kind")
+    card = build(_card, tables.get("card", {}), "card")
+    model = build(fit_nmf, tables["nmf"], "nmf", items=data.train, progress=progress)
+    hub.save_model(model, out, {**data.card(), **card})
+    return {"step": 0, "finished": True}
 
 
 def run_folder(out: str | Path) -> Path:
@@ -106,6 +187,16 @@ def build_prior(tables: Mapping[str, Any], classes: Sequence[str]) -> Prior:
     return prior
 
 
+def build_expert(tables: Mapping[str, Any]) -> Expert:
+    """The untrained supervised network of a recipe; its number of outputs follows from the task."""
+    table = dict(tables.get("expert", {}))
+    if "task" not in table:
+        raise UsageError("expert.task is missing: what the mixtures hold, as in 1speech+1sound")
+    n_sources = sum(parse_task(table["task"]))
+    network = _named(hub.NETWORKS, tables, "network", "conv_tasnet", n_sources=n_sources)
+    return build(Expert, table, "expert", network=network)
+
+
 def _start(prior: Prior, other: Prior, name: str) -> None:
     """Take over the weights of `other`; classes by their names, one that it doesn't know begins as its null class."""
     known = {label.casefold(): i for i, label in enumerate(other.classes)}
@@ -122,6 +213,15 @@ def _start(prior: Prior, other: Prior, name: str) -> None:
         raise UsageError(f"prior.start: {name} is another network than the recipe's: {reason}") from error
 
 
+def _started(name: str | None) -> dict[str, Any]:
+    """What the card says of the checkpoint that training began with, and of its own training."""
+    if name is None:
+        return {}
+    config = hub.read_config(hub.find(name))
+    before = config.get("training", {}).get("steps")
+    return {"started from": f"{name} ({config['sha256'][:12]})", **({"steps before": before} if before else {})}
+
+
 def _named(makers: Mapping[str, Any], tables: Mapping[str, Any], table: str, default: str, **more: Any) -> Any:
     arguments = dict(tables.get(table, {}))
     name = arguments.pop("name", default)
@@ -131,15 +231,16 @@ def _named(makers: Mapping[str, Any], tables: Mapping[str, Any], table: str, def
 
 
 class _Data:
-    """The recordings that a recipe's [data] names."""
+    """The recordings that a recipe's [data] names: of one kind for a prior, of all for a supervised network."""
 
-    def __init__(self, tables: Mapping[str, Any]) -> None:
+    def __init__(self, tables: Mapping[str, Any], kind: str | None = "sound") -> None:
         self.table = dict(tables.get("data", {}))
-        self.own = {key: self.table.pop(key) for key in MANIFEST if key in self.table}
+        own = MANIFEST if kind else MANIFEST[:-1]
+        self.own = {key: self.table.pop(key) for key in own if key in self.table}
         if "manifest" not in self.own:
             raise UsageError("data.manifest is missing: the file that a recipe's prepare.py writes")
-        kind = tables.get("prior", {}).get("kind", "sound")
-        self.kind = self.own.get("kind", kind if kind in KINDS else "sound")
+        named = tables.get("prior", {}).get("kind")
+        self.kind = self.own.get("kind", named if named in KINDS else kind)
         self.train = self.items("train")
         try:
             self.valid = self.items("valid")
@@ -163,6 +264,26 @@ class _Data:
             seed=seed,
             sample_rate=prior.sample_rate,
             classes=prior.classes,
+        )
+
+    def mixtures(self, items: Sequence[Item], expert: Expert, count: int, seed: int) -> MixtureDataset:
+        return build(
+            MixtureDataset,
+            self.table,
+            "data",
+            items=items,
+            task=expert.task,
+            count=count,
+            seed=seed,
+            sample_rate=expert.sample_rate,
+        )
+
+    def tagged(self, items: Sequence[Item], tagger: Tagger, tasks: Sequence[str], count: int, seed: int) -> Any:
+        """Mixtures of the tagger's classes, `count` of each task."""
+        common = {"items": items, "count": count, "seed": seed, "classes": tagger.classes}
+        common["sample_rate"] = tagger.sample_rate
+        return TaggedMixtures(
+            [build(MixtureDataset, self.table, "data", task=task, **common) for task in tasks], tagger.labels
         )
 
     def fingerprint(self) -> str:
@@ -206,6 +327,7 @@ class Probe:
     ) -> None:
         self.folder, self.samples, self.steps, self.batch = folder / "samples", samples, steps, batch
         self.segment = float(data.table.get("segment", 4.0))
+        assert data.kind is not None
         self.kind = data.kind
         self.partner: Prior | None = None
         top = len(prior.schedule) - 1
@@ -318,6 +440,122 @@ class Probe:
         return name if name == "speech" or name.casefold() in self.known else "sound"
 
 
+class ExpertProbe:
+    """Where a supervised run is going: SI-SDR on held-out mixtures.
+
+    Args:
+        mixtures: held-out mixtures; 0 for none.
+        batch: mixtures in one forward pass.
+    """
+
+    def __init__(self, data: _Data, expert: Expert, mixtures: int = 32, batch: int = 4) -> None:
+        self.batch, self.task = batch, expert.task
+        self.mixtures: MixtureDataset | None = None
+        if data.valid and mixtures:
+            try:
+                self.mixtures = data.mixtures(data.valid, expert, mixtures, 0)
+            except UsageError as error:
+                log.warning("no held-out scores: %s", error)
+
+    @torch.no_grad()
+    def __call__(self, average: torch.nn.Module, step: int, board: Any) -> dict[str, float]:
+        assert isinstance(average, Expert)
+        if self.mixtures is None:
+            return {}
+        device = next(average.parameters()).device
+        total = torch.zeros(2)
+        for first in range(0, len(self.mixtures), self.batch):
+            rows = [self.mixtures[i] for i in range(first, min(first + self.batch, len(self.mixtures)))]
+            mixture = torch.stack([row["mixture"] for row in rows]).to(device)
+            sources = torch.stack([row["sources"] for row in rows]).to(device)
+            scores = average.scores(average(mixture).float(), sources)
+            before = average.scores(mixture[:, None].expand_as(sources), sources)
+            total += torch.stack((scores.mean(1), (scores - before).mean(1))).sum(1).cpu()
+        score, gain = (total / len(self.mixtures)).tolist()
+        return {"si_sdr": score, "si_sdri": gain}
+
+    def metrics(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Rows of the model card from the last probe in the log."""
+        probed = [row for row in rows if "probe/si_sdr" in row]
+        if not probed or self.mixtures is None:
+            return []
+        what = f"{self.task}, {len(self.mixtures)} held-out mixtures, dB"
+        return [
+            {"metric": f"{name}, {what}", "value": probed[-1][f"probe/{key}"]}
+            for name, key in (("SI-SDR", "si_sdr"), ("SI-SDRi", "si_sdri"))
+        ]
+
+
+class TaggerProbe:
+    """How well a tagger names the sources of held-out mixtures, as `-s auto` does: two sources at least.
+
+    The threshold is the one that names most sets exactly on every second mixture; the others are scored with it.
+
+    Args:
+        mixtures: held-out mixtures of each task; 0 for none.
+        batch: mixtures in one forward pass.
+    """
+
+    def __init__(self, data: _Data, tagger: Tagger, tasks: Sequence[str], mixtures: int = 40, batch: int = 16) -> None:
+        self.batch, self.count = batch, mixtures // 2
+        self.tasks = [task for task in tasks if sum(parse_task(task)) > 1]
+        self.mixtures: TaggedMixtures | None = None
+        if data.valid and mixtures and self.tasks:
+            try:
+                self.mixtures = data.tagged(data.valid, tagger, self.tasks, mixtures, 0)
+            except UsageError as error:
+                log.warning("no held-out scores: %s", error)
+
+    @torch.no_grad()
+    def __call__(self, average: torch.nn.Module, step: int, board: Any) -> dict[str, float]:
+        assert isinstance(average, Tagger)
+        if self.mixtures is None:
+            return {}
+        device = next(average.parameters()).device
+        items = [self.mixtures[i] for i in range(len(self.mixtures))]
+        truth = [sorted(average.names(item["tags"].bool().tolist())) for item in items]
+        batches = torch.stack([item["mixture"] for item in items]).split(self.batch)
+        scores = torch.cat([average(batch.to(device)).float().cpu() for batch in batches]).tolist()
+        allowed = ("speech", *average.classes)
+
+        def chosen(threshold: float) -> list[list[str]]:
+            average.threshold = threshold
+            return [sorted(average.choose(row, allowed)) for row in scores]
+
+        # Mixtures of a task come every len(tasks)-th: the halves are of whole rounds.
+        tuning = [i for i in range(len(items)) if i // len(self.tasks) % 2 == 0]
+        grid = [k / 20 for k in range(1, 20)]
+        tables = {threshold: chosen(threshold) for threshold in grid}
+        best = max(grid, key=lambda threshold: sum(tables[threshold][i] == truth[i] for i in tuning))
+        average.threshold = best
+        found = {"threshold": best}
+        for k, task in enumerate(self.tasks):
+            rest = [i for i in range(k, len(items), len(self.tasks)) if i not in tuning]
+            pairs = [(tables[best][i], truth[i]) for i in rest]
+            found[f"exact/{task}"] = sum(a == b for a, b in pairs) / len(pairs)
+            found[f"count/{task}"] = sum(len(a) == len(b) for a, b in pairs) / len(pairs)
+        return found
+
+    def last(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """What the log's last probe found."""
+        probed = [row for row in rows if "probe/threshold" in row]
+        return {key.removeprefix("probe/"): value for key, value in probed[-1].items()} if probed else {}
+
+    def metrics(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Rows of the model card from the last probe in the log."""
+        last = self.last(rows)
+        return [
+            {
+                "task": task,
+                "held-out mixtures": self.count,
+                "all sources named, none else": last[f"exact/{task}"],
+                "number of sources right": last[f"count/{task}"],
+            }
+            for task in self.tasks
+            if f"exact/{task}" in last
+        ]
+
+
 @torch.no_grad()
 def draw(prior: Prior, labels: Sequence[int], length: int, steps: int = 50, seed: int = 0) -> Tensor:
     """Sounds (B, length) of the prior itself, one per label, by the probability-flow equation in `steps` Euler steps.
@@ -354,14 +592,17 @@ def _card(
     return {key: value for key, value in locals().items() if value is not None}
 
 
-def _facts(options: train.Options, windows: SourceDataset, facts: Mapping[str, Any]) -> dict[str, Any]:
+def _facts(
+    options: train.Options, segment: float, facts: Mapping[str, Any], trained: torch.nn.Module
+) -> dict[str, Any]:
     """The card's section on training."""
-    seen = facts["step"] * options.batch_size * windows.segment / 3600
+    seen = facts["step"] * options.batch_size * segment / 3600
     return {
         "steps": facts["step"],
-        "windows per step": f"{options.batch_size} of {windows.segment:g} s ({seen:.1f} h in all)",
+        "windows per step": f"{options.batch_size} of {segment:g} s ({seen:.1f} h in all)",
         "optimiser": f"AdamW, learning rate {options.learning_rate:g}, {options.decay}",
         "average of the weights": f"exponential, {options.ema:g} a step",
         "precision": options.precision,
         "minutes": facts["seconds"] / 60,
+        "device": _device_name(next(trained.parameters()).device),
     }

@@ -1,8 +1,9 @@
-"""Checkpoints: a name or a folder to a prior, and a prior to a folder.
+"""Checkpoints: a name or a folder to a prior or a separating model, and back.
 
 A checkpoint is a folder of three files: `config.json` (names and constructor arguments of backbone
 and schedule, what the prior is for, hash of the weights), `model.safetensors`, and `README.md` (the
-model card). Loading one runs no code of its own: names are looked up in the dicts below.
+model card). Loading one runs no code of its own: names are looked up in the dicts below. The config
+of a model that separates by itself (supervised networks, NMF) has "model" in place of the prior's parts.
 """
 
 from __future__ import annotations
@@ -24,29 +25,41 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from audiosep import __version__
+from audiosep.backbones.diffwave import DiffWave
 from audiosep.backbones.mlp import MLP
 from audiosep.backbones.triple_path_unet import TriplePathUNet
+from audiosep.baselines import NMF
 from audiosep.errors import ModelError
 from audiosep.prior import Prior
 from audiosep.schedules import Schedule, ve, vp_linear
+from audiosep.supervised.conv_tasnet import ConvTasNet
+from audiosep.supervised.expert import Expert
+from audiosep.supervised.tf_locoformer import TFLocoformer
+from audiosep.tagger import Tagger
 
 __all__ = [
     "BACKBONES",
+    "NETWORKS",
     "SCHEDULES",
     "UNASDIFF_CARD",
     "download",
     "find",
     "import_unasdiff",
     "list_checkpoints",
+    "load_model",
     "load_prior",
     "push",
     "read_config",
+    "save_model",
     "save_prior",
 ]
 
-# A new backbone or schedule is one line here.
-BACKBONES: dict[str, Callable[..., nn.Module]] = {"triple_path_unet": TriplePathUNet, "mlp": MLP}
+# A new backbone, schedule or supervised network is one line here.
+BACKBONES: dict[str, Callable[..., nn.Module]] = {"triple_path_unet": TriplePathUNet, "diffwave": DiffWave, "mlp": MLP}
 SCHEDULES: dict[str, Callable[..., Schedule]] = {"vp_linear": vp_linear, "ve": ve}
+NETWORKS: dict[str, Callable[..., nn.Module]] = {"conv_tasnet": ConvTasNet, "tf_locoformer": TFLocoformer}
+
+MODELS: dict[str, Callable[..., nn.Module]] = {"expert": Expert, "nmf": NMF, "tagger": Tagger}
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 FORMAT = 1
@@ -116,11 +129,11 @@ def load_prior(name: str | Path, device: str | torch.device = "cpu", dtype: torc
     """
     folder = find(name)
     config = read_config(folder)
+    if "model" in config:
+        raise ModelError(f"{folder}: {config['kind']} separates by itself, it is no prior to combine with others")
     backbone = _build("backbone", BACKBONES, config, folder)
     schedule = _build("schedule", SCHEDULES, config, folder)
-    state = _read_weights(folder, config)
-    _check_state(state, backbone, str(folder / WEIGHTS))
-    backbone.load_state_dict(state)
+    _load_weights(backbone, folder, config)
     try:
         prior = Prior(
             backbone,
@@ -137,11 +150,28 @@ def load_prior(name: str | Path, device: str | torch.device = "cpu", dtype: torc
     if len(prior.classes) > rows:
         raise ModelError(f"{folder / CONFIG}: names {len(prior.classes)} classes, the backbone has {rows}")
     prior = prior.to(device) if dtype is None else prior.to(device, dtype)
-    # For reports: which weights these were. A snapshot's folder in the Hub's cache is named by its commit.
-    prior.origin = {"path": str(folder), "sha256": config["sha256"]}
-    if folder.parent.name == "snapshots":
-        prior.origin["revision"] = folder.name
+    prior.origin = _origin(folder, config)
     return prior.eval().requires_grad_(False)
+
+
+def is_prior(name: str | Path) -> bool:
+    """Whether a checkpoint is a prior, rather than a model that separates by itself."""
+    return "model" not in read_config(find(name))
+
+
+def load_model(name: str | Path, device: str | torch.device = "cpu") -> Any:
+    """The model of a checkpoint that separates by itself; names and errors as of `load_prior`."""
+    folder = find(name)
+    config = read_config(folder)
+    if "model" not in config:
+        raise ModelError(f"{folder}: a prior of {config['kind']}, which separates only beside another one")
+    parts = dict(config["model"])
+    if isinstance(parts.get("network"), dict):
+        parts["network"] = _build("network", NETWORKS, parts, folder)
+    model = _build("model", MODELS, {"model": parts}, folder)
+    _load_weights(model, folder, config)
+    model.origin = _origin(folder, config)
+    return model.to(device).eval().requires_grad_(False)
 
 
 def save_prior(
@@ -153,17 +183,34 @@ def save_prior(
     """Write a checkpoint folder; it appears under its name when it is complete.
 
     `card` may hold `title, description, licence, data, attribution` (text or list), `metrics` (a
-    list of rows, each a dict) and `training`; `licence, data, metrics` go into config.json too. A
+    list of rows, each a dict), `cost` (rows, too) and `training`; `licence, data, metrics, training` go into
+    config.json too. A
     checkpoint that lies there is replaced, another folder is not.
     """
+    return _save(folder, prior.backbone, _config(prior, card), card, dtype)
+
+
+def save_model(
+    model: nn.Module,
+    folder: str | Path,
+    card: Mapping[str, Any],
+    dtype: torch.dtype = torch.float16,
+) -> Path:
+    """Write the checkpoint folder of a model that separates by itself; as `save_prior`."""
+    return _save(folder, model, _model_config(model, card), card, dtype)
+
+
+def _save(
+    folder: str | Path, module: nn.Module, config: dict[str, Any], card: Mapping[str, Any], dtype: torch.dtype
+) -> Path:
     folder = Path(folder)
     if folder.exists() and not _replaceable(folder):
         raise ModelError(f"{folder} is there and not a checkpoint; choose another name")
     partial = folder.parent / f".{folder.name}.{os.getpid()}.partial"
     try:
         partial.mkdir(parents=True)
-        (partial / WEIGHTS).write_bytes(save(_stored(prior.backbone, dtype)))
-        config = _config(prior, card) | {"sha256": _sha256(partial / WEIGHTS)}
+        (partial / WEIGHTS).write_bytes(save(_stored(module, dtype)))
+        config = config | {"sha256": _sha256(partial / WEIGHTS)}
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
         (partial / CONFIG).write_text(text, encoding="utf-8")
         (partial / CARD).write_text(_card(config, card), encoding="utf-8")
@@ -228,7 +275,7 @@ def push(folder: str | Path, name: str, *, private: bool = False) -> str:
             repo_id=name,
             folder_path=folder,
             allow_patterns=[CONFIG, WEIGHTS, CARD],
-            commit_message=f"audiosep {__version__}: {read_config(folder)['kind']} prior",
+            commit_message=f"audiosep {__version__}: {_what(read_config(folder))}",
         )
     return commit.commit_url
 
@@ -254,11 +301,11 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ModelError(f"{path}: can't be read: {error}") from error
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise ModelError(f"{path}: not a checkpoint of audiosep, or of a newer version than this")
-    for key, kind in _FIELDS.items():
+    for key, kind in (_MODEL_FIELDS if "model" in config else _FIELDS).items():
         value = config.get(key)
         if not isinstance(value, kind) or isinstance(value, bool):
             raise ModelError(f"{path}: {key} is missing or of the wrong type")
-    if not all(isinstance(label, str) for label in config["classes"]):
+    if not all(isinstance(label, str) for label in config.get("classes", [])):
         raise ModelError(f"{path}: classes are not all names")
     if config["sample_rate"] <= 0:
         raise ModelError(f"{path}: sample_rate is above 0, got {config['sample_rate']}")
@@ -275,6 +322,7 @@ _FIELDS: dict[str, type | tuple[type, ...]] = {
     "schedule": dict,
     "sha256": str,
 }
+_MODEL_FIELDS: dict[str, type | tuple[type, ...]] = {"kind": str, "sample_rate": int, "model": dict, "sha256": str}
 
 
 def import_unasdiff(source: str | Path | Mapping[str, Any]) -> Prior:
@@ -370,6 +418,18 @@ def _build(part: str, table: Mapping[str, Callable[..., Any]], config: dict, fol
         return table[name](**arguments)
     except Exception as error:  # whatever wrong numbers lead to
         raise ModelError(f"{folder / CONFIG}: {part} {name} can't be built: {error}") from error
+
+
+def _load_weights(module: nn.Module, folder: Path, config: dict[str, Any]) -> None:
+    state = _read_weights(folder, config)
+    _check_state(state, module, str(folder / WEIGHTS))
+    module.load_state_dict(state)
+
+
+def _origin(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """For reports: which weights these were. A snapshot's folder in the Hub's cache is named by its commit."""
+    origin = {"path": str(folder), "sha256": config["sha256"]}
+    return origin | ({"revision": folder.name} if folder.parent.name == "snapshots" else {})
 
 
 def _read_weights(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:
@@ -495,9 +555,6 @@ def _stored(backbone: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
 
 def _config(prior: Prior, card: Mapping[str, Any]) -> dict[str, Any]:
     arguments: Any = prior.backbone.config
-    names = [name for name, make in BACKBONES.items() if make is type(prior.backbone)]
-    if not names:
-        raise ModelError(f"{type(prior.backbone).__name__} is not among hub.BACKBONES")
     return {
         "format": FORMAT,
         "audiosep": __version__,
@@ -506,19 +563,52 @@ def _config(prior: Prior, card: Mapping[str, Any]) -> dict[str, Any]:
         "level": prior.level,
         "parameterization": prior.parameterization,
         "classes": list(prior.classes),
-        "backbone": {"name": names[0], **arguments},
+        "backbone": {"name": _name(BACKBONES, prior.backbone), **arguments},
         "schedule": dict(prior.schedule.config),
         "parameters": sum(p.numel() for p in prior.backbone.parameters()),
         "licence": card.get("licence", "unknown"),
         "data": card.get("data", "unknown"),
         "metrics": card.get("metrics", []),
+        "training": card.get("training", {}),
     }
+
+
+def _model_config(model: Any, card: Mapping[str, Any]) -> dict[str, Any]:
+    arguments = {"name": _name(MODELS, model), **model.config}
+    if "network" in arguments:
+        arguments["network"] = {"name": _name(NETWORKS, model.network), **arguments["network"]}
+    return {
+        "format": FORMAT,
+        "audiosep": __version__,
+        "kind": f"{arguments['network']['name']} for {model.task}" if "network" in arguments else arguments["name"],
+        "sample_rate": model.sample_rate,
+        "classes": list(getattr(model, "classes", ())),
+        "model": arguments,
+        "parameters": sum(p.numel() for p in model.parameters()) or sum(b.numel() for b in model.buffers()),
+        "licence": card.get("licence", "unknown"),
+        "data": card.get("data", "unknown"),
+        "metrics": card.get("metrics", []),
+        "training": card.get("training", {}),
+    }
+
+
+def _name(makers: Mapping[str, Any], made: object) -> str:
+    for name, make in makers.items():
+        if make is type(made):
+            return name
+    raise ModelError(f"{type(made).__name__} is not in the tables of hub.py")
+
+
+def _what(config: Mapping[str, Any]) -> str:
+    return config["kind"] if "model" in config else f"{config['kind']} prior"
 
 
 def _card(config: Mapping[str, Any], card: Mapping[str, Any]) -> str:
     """The model card: YAML front matter (JSON strings are YAML) and Markdown."""
-    title = card.get("title", f"{config['kind']} prior")
-    tags = json.dumps(["audiosep", "source-separation", "diffusion", config["kind"]])
+    title = card.get("title", _what(config))
+    prior = "model" not in config
+    about = ["diffusion", config["kind"]] if prior else [config["model"]["name"]]
+    tags = json.dumps(["audiosep", "source-separation", *about])
     front = [
         "---",
         "library_name: audiosep",
@@ -531,25 +621,30 @@ def _card(config: Mapping[str, Any], card: Mapping[str, Any]) -> str:
     facts = {
         "Kind": config["kind"],
         "Sample rate": f"{config['sample_rate']} Hz",
-        "Level": f"{config['level']} dBFS RMS",
-        "Backbone": config["backbone"]["name"],
         "Parameters": f"{config['parameters']:,}",
-        "Schedule": config["schedule"]["name"],
-        "Classes": f"{len(config['classes'])}",
         "Licence": config["licence"],
     }
+    if prior:
+        facts |= {
+            "Level": f"{config['level']} dBFS RMS",
+            "Backbone": config["backbone"]["name"],
+            "Schedule": config["schedule"]["name"],
+            "Classes": f"{len(config['classes'])}",
+        }
+    default = "A diffusion prior over clean recordings" if prior else "A model that separates by itself"
     blocks = [
         "\n".join(front),
         f"# {title}",
-        card.get("description", "A diffusion prior over clean recordings, for `audiosep`."),
+        card.get("description", f"{default}, for `audiosep`."),
         _table([{"": key, "value": value} for key, value in facts.items()]),
         "## Use\n\n```\naudiosep separate mix.wav -n FOLDER_OR_NAME\n```",
     ]
     for heading, content in (
         ("Data", config["data"]),
-        ("Training", card.get("training")),
+        ("Training", config["training"]),
         ("Metrics", config["metrics"]),
-        ("Classes", ", ".join(config["classes"])),
+        ("Cost", card.get("cost")),
+        ("Classes", ", ".join(config.get("classes", []))),
         ("Attribution", card.get("attribution")),
     ):
         if content:

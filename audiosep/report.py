@@ -9,11 +9,13 @@ from __future__ import annotations
 import base64
 import html
 import io
+import json
+import math
 import os
 import struct
 import tempfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +42,10 @@ _LINES = (
     "#8a6d3b",
     "#0f8f8f",
     "#b54a2a",
+    "#5c6b73",
+    "#c2185b",
+    "#4b6a00",
+    "#1a4f9c",
 )  # legible on both grounds
 # Dark violet to pale yellow, evenly rising in lightness: red, green, blue at equal distances.
 _COLOURS = np.array(
@@ -59,13 +65,18 @@ _COLOURS = np.array(
 
 @dataclass(frozen=True)
 class Plot:
-    """Curves over one axis: name -> (N,) values, and name -> (low, high) of the band around a curve."""
+    """Curves over one axis: name -> (N,) values, and name -> (low, high) of the band around a curve.
+
+    `points` are drawn as dots: name -> (N, 2) places (x, y).
+    """
 
     title: str
-    curves: dict[str, NDArray[np.floating[Any]]]
+    curves: Mapping[str, NDArray[np.floating[Any]]]
     x_label: str
     x_end: float
     bands: dict[str, tuple[NDArray[np.floating[Any]], NDArray[np.floating[Any]]]] = field(default_factory=dict)
+    x_start: float = 0.0
+    points: Mapping[str, NDArray[np.floating[Any]]] = field(default_factory=dict)
 
 
 def write_page(
@@ -74,24 +85,26 @@ def write_page(
     report: dict[str, Any],
     tracks: Sequence[Track] = (),
     plots: Sequence[Plot] = (),
+    tables: Sequence[Sequence[Sequence[str]]] = (),
 ) -> None:
-    """Write a page about some tracks: (name, wave (C, T), sample rate in Hz) each; plots come after them.
+    """Write a page: tables (rows of cells, the first names the columns), plots, tracks (name, wave (C, T), rate in Hz).
 
     All pictures share one colour scale, so that a faint stem looks faint. Raises AudioError if
     the file can't be written.
     """
     pictures = [mel_picture(wave, rate) for _, wave, rate in tracks]
     top = max((float(picture.max()) for picture in pictures), default=0.0)
-    figures = [_figure(track, picture, top) for track, picture in zip(tracks, pictures)]
-    figures += [_plot(plot) for plot in plots]
+    figures = [_plot(plot) for plot in plots]
+    figures += [_figure(track, picture, top) for track, picture in zip(tracks, pictures)]
     page = _PAGE.format(
         title=html.escape(_printable(title)),
         table=_table(report),
+        tables="\n".join(_grid(rows) for rows in tables),
         figures="\n".join(figures),
         style=_STYLE,
         script=_SCRIPT,
     )
-    _write(Path(path), page)
+    write_text(Path(path), page)
 
 
 def mel_picture(wave: NDArray[np.floating[Any]], sample_rate: int) -> NDArray[np.floating[Any]]:
@@ -166,6 +179,7 @@ def _figure(track: Track, picture: NDArray[np.floating[Any]], top: float) -> str
 def _plot(plot: Plot) -> str:
     """An SVG of the curves, at most PLOT_POINTS points each, on a common scale."""
     values = [*plot.curves.values(), *(edge for band in plot.bands.values() for edge in band)]
+    values += [places[:, 1] for places in plot.points.values()]
     low = min((float(np.nanmin(v)) for v in values if len(v)), default=0.0)
     high = max((float(np.nanmax(v)) for v in values if len(v)), default=1.0)
     span = (high - low) or 1.0
@@ -176,7 +190,7 @@ def _plot(plot: Plot) -> str:
         y = PLOT_HEIGHT * (1 - (np.asarray(curve, dtype=float)[chosen] - low) / span)
         return [f"{a:.1f},{b:.1f}" for a, b in zip(x, y)]
 
-    shapes, labels = [], []
+    shapes, labels, dots = [], [], []
     for index, (name, curve) in enumerate(plot.curves.items()):
         hue = _LINES[index % len(_LINES)]
         if name in plot.bands:
@@ -186,6 +200,12 @@ def _plot(plot: Plot) -> str:
         line = " ".join(points(curve))
         shapes.append(f'<polyline points="{line}" stroke="{hue}"/>')
         labels.append(f'<span style="color:{hue}">{html.escape(_printable(name))}</span>')
+    for index, (name, places) in enumerate(plot.points.items()):
+        hue = _LINES[index % len(_LINES)]
+        for x, y in places:
+            across = 100 * (x - plot.x_start) / ((plot.x_end - plot.x_start) or 1.0)
+            dots.append(f'<i style="left:{across:.2f}%;bottom:{100 * (y - low) / span:.2f}%;background:{hue}"></i>')
+        labels.append(f'<span style="color:{hue}">{html.escape(_printable(name))}</span>')
     return _CHART.format(
         title=html.escape(_printable(plot.title)),
         labels=" ".join(labels) if len(labels) > 1 else "",
@@ -194,6 +214,8 @@ def _plot(plot: Plot) -> str:
         shapes="".join(shapes),
         low=f"{low:.4g}",
         high=f"{high:.4g}",
+        dots="".join(dots),
+        start=f"{plot.x_start:.6g}",
         end=f"{plot.x_end:.6g}",
         unit=html.escape(_printable(plot.x_label)),
     )
@@ -218,6 +240,13 @@ def _table(report: dict[str, Any]) -> str:
     return f"<table>\n{rows}\n</table>" if rows else ""
 
 
+def _grid(rows: Sequence[Sequence[str]]) -> str:
+    head, *body = rows
+    lines = ["".join(f'<th scope="col">{html.escape(_printable(cell))}</th>' for cell in head)]
+    lines += ["".join(f"<td>{html.escape(_printable(cell))}</td>" for cell in row) for row in body]
+    return f'<div class="grid"><table>{"".join(f"<tr>{line}</tr>" for line in lines)}</table></div>'
+
+
 def _cell(value: Any) -> str:
     """A value as HTML; a dict or a list of them becomes a list."""
     if isinstance(value, dict):
@@ -237,13 +266,19 @@ def _printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def _write(path: Path, text: str) -> None:
-    """Write under a temporary name, then rename."""
+def write_text(path: Path, text: str) -> None:
+    """Write a file under a temporary name, then rename it; AudioError when that can't be done."""
     partial = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=path.parent, prefix=".", suffix=".partial.html", delete=False
+            "w",
+            encoding="utf-8",
+            errors="backslashreplace",
+            dir=path.parent,
+            prefix=".",
+            suffix=".partial",
+            delete=False,
         ) as file:
             partial = Path(file.name)
             file.write(text)
@@ -254,6 +289,26 @@ def _write(path: Path, text: str) -> None:
     finally:
         if partial is not None:
             partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write plain data as JSON, under a temporary name first; what is no number becomes null."""
+    write_text(path, json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    """The value in JSON's types."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return str(value)
 
 
 _PAGE = """<!doctype html>
@@ -267,6 +322,7 @@ _PAGE = """<!doctype html>
 <body>
 <main>
 <h1>{title}</h1>
+{tables}
 {figures}
 <section aria-labelledby="facts"><h2 id="facts">Facts</h2>
 {table}</section>
@@ -291,10 +347,10 @@ _CHART = """<figure>
 <figcaption><h2>{title}</h2> {labels}</figcaption>
 <div class="plot">
 <div class="scale" aria-hidden="true"><span>{high}</span><span>{low}</span></div>
-<svg class="chart" viewBox="0 0 {width} {height}" preserveAspectRatio="none" role="img"
- aria-label="{title}, from 0 to {end} {unit}, values {low} to {high}">{shapes}</svg>
+<div class="chart"><svg viewBox="0 0 {width} {height}" preserveAspectRatio="none" role="img"
+ aria-label="{title}, from {start} to {end} {unit}, values {low} to {high}">{shapes}</svg>{dots}</div>
 </div>
-<div class="axis" aria-hidden="true"><span>0</span><span>{end} {unit}</span></div>
+<div class="axis" aria-hidden="true"><span>{start}</span><span>{end} {unit}</span></div>
 </figure>"""
 
 _STYLE = """
@@ -318,7 +374,12 @@ figcaption span, .scale { color: var(--soft); font-size: .85rem; }
 .picture img { width: 100%; height: 100%; display: block; }
 .head { position: absolute; top: 0; bottom: 0; left: 0; width: 2px; background: #fff;
   box-shadow: 0 0 0 1px #0008; }
-.chart { flex: 1; height: 9rem; min-width: 0; border-bottom: 1px solid var(--line); overflow: visible; }
+.chart { flex: 1; height: 9rem; min-width: 0; border-bottom: 1px solid var(--line); position: relative; }
+.chart svg { width: 100%; height: 100%; display: block; overflow: visible; }
+.chart i { position: absolute; width: .7rem; height: .7rem; margin: 0 0 -.35rem -.35rem; border-radius: 50%; }
+.grid { overflow-x: auto; margin-bottom: 2rem; }
+.grid th, .grid td { width: auto; text-align: right; white-space: nowrap; }
+.grid th:nth-child(-n+2), .grid td:nth-child(-n+2) { text-align: left; }
 .chart polyline { fill: none; stroke-width: 1.2; vector-effect: non-scaling-stroke; }
 .axis { display: flex; justify-content: space-between; margin-left: 4.7rem; color: var(--soft); font-size: .85rem; }
 audio { display: block; width: calc(100% - 4.7rem); margin-left: 4.7rem; }

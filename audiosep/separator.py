@@ -24,13 +24,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from audiosep import __version__, audio, hub
+from audiosep import __version__, audio, distributed, hub
 from audiosep.errors import AudiosepError, UsageError
 from audiosep.longform import Aligner, OverlapAdd, cosine, count_segments, cut, match
+from audiosep.losses import ReconstructionLoss
 from audiosep.mixing import project, residual
 from audiosep.operators import Mixing
 from audiosep.prior import JointPrior, Prior
-from audiosep.samplers import PRESETS, SAMPLES, Noise, build
+from audiosep.samplers import PRESETS, SAMPLES, Noise, Sampler, build
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +40,8 @@ Progress = Callable[[int, int | None, str], None]
 
 SEGMENT = 4.0  # seconds; what the published priors were trained on
 SILENCE = 1e-7  # RMS under which a channel counts as digital silence (-140 dBFS)
+TAGGER = "tagger"  # the checkpoint that "auto" listens with
+REPORTED = 10  # labels whose scores a report holds
 INACTIVE = -40.0  # dB under the mixture at which a stem is flagged as inactive
 SELF_NOISE = (
     0.02,
@@ -88,6 +91,18 @@ class Source:
     label: int | None
 
 
+def numbered(sources: Sequence[Source]) -> list[Source]:
+    """The sources with names of their own: two of "speech" become speech_1 and speech_2."""
+    names = [source.name for source in sources]
+    counts = dict.fromkeys(names, 0)
+    found = []
+    for source in sources:
+        counts[source.name] += 1
+        suffix = f"_{counts[source.name]}" if names.count(source.name) > 1 else ""
+        found.append(Source(source.name + suffix, source.prior, source.label))
+    return found
+
+
 class Separator:
     """Separation by posterior sampling under pretrained source priors.
 
@@ -100,6 +115,7 @@ class Separator:
             has it.
             None: every channel is a recording of its own.
         steps: of the sampler, per sample; None is the preset's own number.
+        sampling: more arguments of the sampler's class, such as {"t_init": 174, "floor": 0.001, "loss": {"stft": 0.0}}.
         segment: seconds separated at a time; None is 4.
         overlap: fraction of a segment shared with the next, 0..0.5.
         samples: posterior samples; above one the stems are their mean; None is the preset's own number.
@@ -117,6 +133,7 @@ class Separator:
         preset: str = "default",
         sampler: str | None = None,
         steps: int | None = None,
+        sampling: Mapping[str, Any] | None = None,
         segment: float | None = None,
         overlap: float = 0.25,
         samples: int | None = None,
@@ -152,11 +169,12 @@ class Separator:
             if (sampler or PRESETS.get(preset)) not in ("mmps", "mmps-exact"):
                 raise UsageError(f"a known mixing needs sampler 'mmps' or 'mmps-exact', not {sampler or preset!r}")
         self.preset, self.sampler, self.steps = preset, sampler, steps
+        self.sampling = dict(sampling or {})
         self.segment, self.overlap = segment or SEGMENT, overlap
         self.seed, self.consistent = seed, consistent
         self.batch = batch or (1 if self.device.type == "cpu" else 16)
         self.dtype = choose_dtype(dtype, self.device)
-        build(JointPrior([]), sampler, preset, steps)  # wrong options are refused here, not after minutes of work
+        self._build(JointPrior([]))  # wrong options are refused here, not after minutes of work
         self.samples = samples or SAMPLES[preset]
         self.rank = (samples or 1) > 1  # the likeliest sample is wanted, too
 
@@ -177,10 +195,29 @@ class Separator:
         priors = {key: hub.load_prior(name) for key, name in zip(keys, names)}
         return cls(priors, device=device, **options)
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What its stems follow from besides weights, input and seed, defaults included; plain data."""
+        sampler = self._build(JointPrior([]))
+        return {
+            "preset": self.preset,
+            "sampler": self.sampler or PRESETS[self.preset],
+            "steps": len(sampler.times),
+            "noise levels": [sampler.ratios[0], sampler.ratios[-2]],
+            "samples": self.samples,
+            "sampling": self.sampling,
+            "segment": self.segment,
+            "overlap": self.overlap,
+            "consistent": self.consistent,
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+
     # What to find ---------------------------------------------------------------------------------
 
     def source_names(self, sources: Sequence[str] | None = None) -> list[str]:
-        """Names of the stems that `sources` gives."""
+        """Names of the stems that `sources` gives; none for "auto", which needs a recording."""
+        if _is_auto(sources):
+            return []
         return [source.name for source in self.resolve(sources)]
 
     def resolve(self, sources: Sequence[str] | None) -> list[Source]:
@@ -195,15 +232,7 @@ class Separator:
             return [Source(key.lower(), key, None) for key in self.priors]
         if not sources:
             raise UsageError("no source named; leave `sources` out for one per prior")
-        found = [self._find(name.strip()) for name in sources]
-        counts = {source.name: 0 for source in found}
-        totals = {name: sum(source.name == name for source in found) for name in counts}
-        numbered = []
-        for source in found:
-            counts[source.name] += 1
-            suffix = f"_{counts[source.name]}" if totals[source.name] > 1 else ""
-            numbered.append(Source(source.name + suffix, source.prior, source.label))
-        return numbered
+        return numbered([self._find(name.strip()) for name in sources])
 
     def _find(self, name: str) -> Source:
         wanted, _, narrowed = name.casefold().rpartition(":")[::-1]
@@ -226,6 +255,52 @@ class Separator:
         known = [f"{key} ({', '.join(prior.classes)})" if prior.classes else key for key, prior in self.priors.items()]
         raise UsageError(f"unknown source {name!r}; the loaded priors know: {'; '.join(known)}")
 
+    def listen(self, blocks: Iterable[np.ndarray], sample_rate: int) -> tuple[list[str], dict[str, Any]]:
+        """What a recording holds, for "auto".
+
+        The shipped tagger hears segment by segment; a label's score is the highest of all segments.
+
+        Args:
+            blocks: the recording (C, n), piece by piece; its channels are averaged.
+            sample_rate: in Hz.
+
+        Returns:
+            The names found, best first, two at least; and for the report the tagger, and the highest scores of all
+            labels that the loaded priors know.
+        """
+        tagger = hub.load_model(TAGGER, self.device)
+        allowed = [label for label in ("speech", *tagger.classes) if self._knows(label)]
+        size = round(self.segment * sample_rate)
+        scores = torch.zeros(len(tagger.labels))
+        for number, (segment, _) in enumerate(cut(blocks, size, size)):
+            if number and segment.shape[1] < sample_rate:
+                break  # what is left at the end, under a second, says little
+            low = audio.resample(segment.mean(0, keepdims=True), sample_rate, tagger.sample_rate)
+            with torch.no_grad():
+                found = tagger(torch.from_numpy(low).float().to(self.device))[0].cpu()
+            scores = torch.maximum(scores, found)
+        names = tagger.choose(scores.tolist(), allowed)
+        known = [pair for pair in zip(tagger.labels, scores.tolist()) if tagger.is_allowed(pair[0], allowed)]
+        ranked = sorted(known, key=lambda pair: -pair[1])
+        table = {label: round(score, 4) for label, score in ranked[:REPORTED]}
+        return names, {"tagger": tagger.origin, "threshold": tagger.threshold, "scores": table, "chosen": names}
+
+    def _knows(self, name: str) -> bool:
+        try:
+            self._find(name)
+        except UsageError:
+            return False
+        return True
+
+    def _wanted(
+        self, sources: Sequence[str] | None, blocks: Callable[[], Iterable[np.ndarray]], sample_rate: int
+    ) -> tuple[list[Source], dict[str, Any]]:
+        """The sources to find, and what the report says of how they were chosen."""
+        if not _is_auto(sources):
+            return self.resolve(sources), {}
+        names, facts = self.listen(blocks(), sample_rate)
+        return self.resolve(names), {"auto": facts}
+
     # Separation -----------------------------------------------------------------------------------
 
     def __call__(
@@ -240,7 +315,7 @@ class Separator:
         Args:
             wave: (C, T) or (T,), torch or numpy, full scale 1.
             sample_rate: of `wave`, in Hz.
-            sources: names to find; None is one per prior.
+            sources: names to find; None is one per prior, "auto" what the shipped tagger hears.
             progress: called with (steps done, steps in all, what is done).
 
         Returns:
@@ -261,8 +336,8 @@ class Separator:
         if sample_rate != int(sample_rate) or sample_rate <= 0:
             raise UsageError(f"sample_rate must be a whole number of Hz above 0, got {sample_rate}")
         sample_rate = int(sample_rate)
-        wanted = self.resolve(sources)
-        job = Job(self, wanted, sample_rate, array.shape[-1], progress)
+        wanted, heard = self._wanted(sources, lambda: [np.atleast_2d(array)], sample_rate)
+        job = self._job(wanted, sample_rate, array.shape[-1], progress, True)
         pieces = list(job.run([np.atleast_2d(array)]))
 
         def back(stems: Tensor) -> Any:
@@ -277,7 +352,7 @@ class Separator:
             sources=dict(zip(job.names, back(stems))),
             sample_rate=sample_rate,
             residual=back(rest[None])[0],
-            report=job.report(),
+            report={**job.report(), **heard},
         )
         if self.rank:
             result.best = dict(zip(job.names, back(torch.cat([p.best for p in pieces], -1))))
@@ -301,7 +376,7 @@ class Separator:
         Args:
             path: the recording, "-" for standard input.
             out: folder for `<stem>.<format>`, or a function from stem name to path.
-            sources: names to find; None is one per prior.
+            sources: names to find; None is one per prior, "auto" what the shipped tagger hears.
             format: of the stems: "wav", "flac", ...; None is wav.
             subtype: of the samples: "PCM_16", "FLOAT", ...; None is the input's where the format has it.
             residual: leave the stems as they were estimated and write what completes the sum as `residual`.
@@ -313,12 +388,14 @@ class Separator:
         Raises:
             AudioError: the input can't be read or an output can't be written; nothing is left under a final name.
         """
-        wanted = self.resolve(sources)
+        if not _is_auto(sources):
+            self.resolve(sources)  # a wrong name is refused before the file is opened
         suffix = (format or "wav").lower()
         place = out if callable(out) else lambda stem: Path(out) / f"{stem}.{suffix}"
         with audio.open_reader(path) as reader, contextlib.ExitStack() as stack:
             info = reader.info
-            job = Job(self, wanted, info.sample_rate, info.frames, progress, share=not residual)
+            wanted, heard = self._wanted(sources, lambda: reader.blocks(info.sample_rate), info.sample_rate)
+            job = self._job(wanted, info.sample_rate, info.frames, progress, not residual)
             extra = [f"{name}_best" for name in job.names] if self.rank else []
             names = [*job.names, *extra, *(["residual"] if residual else [])]
             paths = {name: place(name) for name in names}
@@ -343,16 +420,32 @@ class Separator:
                     writers[name].write(stem.numpy())
                 if residual:
                     writers["residual"].write((piece.mixture - piece.stems.sum(0)).numpy())
-        report = job.report()
+        report = {**job.report(), **heard}
         report["input"] = {"path": str(path), "subtype": info.subtype, **report["input"]}
         report["files"] = {name: str(target) for name, target in paths.items()}
         report["clipped_samples"] = {name: writer.clipped for name, writer in writers.items()}
         return report
 
-    def _sampler(self, sources: Sequence[Source]) -> Any:
+    def _job(
+        self, sources: Sequence[Source], sample_rate: int, frames: int | None, progress: Progress | None, share: bool
+    ) -> Job:
+        return Job(self, sources, sample_rate, frames, progress, share)
+
+    def gain(self, y: Tensor, sources: Sequence[Source]) -> Tensor:
+        """What brings mixtures y (B, N), (B, C, N) of a known mixing, to the level of such sums of training signals.
+
+        One number per mixture, (B, 1) or (B, 1, 1).
+        """
+        level = float(np.mean([self.priors[source.prior].sigma_data for source in sources]))
+        power = len(sources) if self.mixing is None else float(self.mixing.square().sum()) / len(self.mixing)
+        rms = y.flatten(1).square().mean(1).sqrt().view(-1, *[1] * (y.ndim - 1))
+        return level * power**0.5 / rms.clamp(min=SILENCE)
+
+    def sampler_for(self, sources: Sequence[Source]) -> Sampler:
+        """The sampler of these sources, with the settings asked for."""
         joint = JointPrior([(self.priors[source.prior], source.label) for source in sources])
         if self.mixing is None:
-            return build(joint, self.sampler, self.preset, self.steps)
+            return self._build(joint)
         if self.mixing.shape[1] != len(sources):
             raise UsageError(
                 f"the mixing matrix has {self.mixing.shape[1]} columns, for {len(sources)} sources "
@@ -360,7 +453,16 @@ class Separator:
             )
         exact = self.sampler == "mmps-exact"
         known: dict[str, Any] = {"operator": Mixing(self.mixing)} if exact else {"mixing": self.mixing}
-        return build(joint, self.sampler, self.preset, self.steps, **known)
+        return self._build(joint, **known)
+
+    def _build(self, joint: JointPrior, **options: Any) -> Sampler:
+        options |= sampler_options(self.sampling)
+        try:
+            return build(joint, self.sampler, self.preset, self.steps, **options)
+        except UsageError:
+            raise
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"sampling {self.sampling}: {error}") from error
 
 
 @dataclass
@@ -383,7 +485,7 @@ class Job:
         sample_rate: int,
         frames: int | None,
         progress: Progress | None,
-        share: bool = True,
+        share: bool,
     ) -> None:
         if len(sources) == 1:
             raise UsageError(
@@ -392,14 +494,13 @@ class Job:
             )
         self.separator, self.sources = separator, sources
         self.names = [source.name for source in sources]
-        self.sampler = separator._sampler(sources)
         self.sample_rate, self.share = sample_rate, share and separator.consistent
         self.batch = separator.batch
         # Segments start on a grid that both sample rates share.
         unit = sample_rate // math.gcd(sample_rate, separator.sample_rate)
         self.segment = unit * max(1, round(separator.segment * sample_rate / unit))
         self.hop = max(unit, unit * round(self.segment / unit * (1 - separator.overlap)))
-        self.steps = len(self.sampler.times)
+        self.steps = self._prepare()
         self.progress, self.done = progress, 0
         segments = None if frames is None else count_segments(frames, self.segment, self.hop)
         self.total = None if segments is None else segments * self.steps * separator.samples
@@ -414,6 +515,11 @@ class Job:
         self.spread_energy = torch.zeros(len(sources), dtype=torch.float64)
         self.started = time.perf_counter()
         self.seconds = 0.0
+
+    def _prepare(self) -> int:
+        """Make what separates ready; how many steps it takes per sample."""
+        self.sampler = self.separator.sampler_for(self.sources)
+        return len(self.sampler.times)
 
     def run(self, blocks: Iterable[np.ndarray]) -> Iterator[Piece]:
         """Separate a stream of blocks (C, n)."""
@@ -497,15 +603,13 @@ class Job:
         count, channels, length = y.shape
         mixing = separator.mixing
         if mixing is None:  # every channel is a row
-            rows, power = y.flatten(0, 1).to(separator.device), float(len(self.sources))  # (S * C, N)
+            rows = y.flatten(0, 1).to(separator.device)  # (S * C, N)
         elif len(mixing) == channels:
-            rows, power = y.to(separator.device), float(mixing.square().sum() / channels)  # (S, C, N)
+            rows = y.to(separator.device)  # (S, C, N)
         else:
             raise UsageError(f"the mixing matrix has {len(mixing)} rows, the recording {channels} channels")
-        level = np.mean([10 ** (separator.priors[s.prior].level / 20) for s in self.sources])
-        rms = rows.flatten(1).square().mean(1).sqrt().view(-1, *[1] * (rows.ndim - 1))
-        gain = level * power**0.5 / rms.clamp(min=SILENCE)
-        silent = rms < SILENCE
+        gain = separator.gain(rows, self.sources)
+        silent = rows.square().flatten(1).mean(1).sqrt().view(gain.shape) < SILENCE
         drawn, scores = [], []
         for sample in range(separator.samples):
             # The channels of a segment share their noise, so that identical channels give identical stems.
@@ -607,8 +711,7 @@ class Job:
         for k, source in enumerate(self.sources):
             level = decibel(self.energy[k].item() / size)
             row: dict[str, Any] = {
-                "prior": source.prior,
-                "class": class_name(separator.priors[source.prior], source.label),
+                **self._about_source(source),
                 "level_dbfs": round(level, 2),
                 "active": level > mixture_level + INACTIVE and not silent,
             }
@@ -619,15 +722,10 @@ class Job:
         notes = []
         if self.sample_rate > separator.sample_rate:
             notes.append(
-                f"the priors know the band up to {separator.sample_rate / 2:g} Hz; what lies above was shared out "
+                f"the models know the band up to {separator.sample_rate / 2:g} Hz; what lies above was shared out "
                 "by the stems' power just below"
             )
-        reach = min(prior.schedule.ratio[-1].item() for prior in separator.priors.values())
-        if self.sampler.ratios[0] > 1.001 * reach:
-            notes.append(
-                f"the sampler starts at a noise level of {self.sampler.ratios[0]:.2f}, the priors were trained "
-                f"up to {reach:.2f}"
-            )
+        notes += self._doubts()
         if silent:
             notes.append("the input is silent, and so are the stems")
         return {
@@ -640,14 +738,7 @@ class Job:
                 "duration_s": round(duration, 4),
                 "level_dbfs": round(mixture_level, 2),
             },
-            "models": {name: {"name": name, **prior.origin} for name, prior in separator.priors.items()},
-            "sampler": {
-                "name": separator.sampler or PRESETS[separator.preset],
-                "preset": separator.preset,
-                "steps": self.steps,
-                "samples": separator.samples,
-                "seed": separator.seed,
-            },
+            **self._about(),
             "device": str(separator.device),
             "dtype": str(separator.dtype).removeprefix("torch."),
             "segments": self.segments,
@@ -661,6 +752,43 @@ class Job:
             "sources": sources,
             "notes": notes,
         }
+
+    def _about(self) -> dict[str, Any]:
+        """The report's part on what separated."""
+        separator = self.separator
+        return {
+            "models": {name: {"name": name, **prior.origin} for name, prior in separator.priors.items()},
+            "sampler": {
+                "name": separator.sampler or PRESETS[separator.preset],
+                "preset": separator.preset,
+                "steps": self.steps,
+                "samples": separator.samples,
+                "sampling": separator.sampling,
+                "seed": separator.seed,
+            },
+        }
+
+    def _about_source(self, source: Source) -> dict[str, Any]:
+        prior = self.separator.priors[source.prior]
+        return {"prior": source.prior, "class": class_name(prior, source.label)}
+
+    def _doubts(self) -> list[str]:
+        """Notes on what a user should know of this run."""
+        reach = min(prior.schedule.ratio[-1].item() for prior in self.separator.priors.values())
+        if self.sampler.ratios[0] <= 1.001 * reach:
+            return []
+        start = self.sampler.ratios[0]
+        return [f"the sampler starts at a noise level of {start:.2f}, the priors were trained up to {reach:.2f}"]
+
+
+def sampler_options(table: Mapping[str, Any]) -> dict[str, Any]:
+    """A sampler's arguments from plain data: the weights of the reconstruction loss are a table of their own."""
+    loss = table.get("loss")
+    return {**table, "loss": ReconstructionLoss(**loss)} if isinstance(loss, Mapping) else dict(table)
+
+
+def _is_auto(sources: Sequence[str] | None) -> bool:
+    return sources is not None and (sources == "auto" or list(sources) == ["auto"])
 
 
 def as_array(wave: Any) -> np.ndarray:
@@ -695,8 +823,8 @@ def mix_seed(*numbers: int) -> int:
 def choose_device(name: str | torch.device) -> torch.device:
     """The device for "auto", "cpu", "cuda", "cuda:1", "mps"; refused when this machine has none."""
     if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
+        if torch.cuda.is_available():  # one GPU for each of several processes
+            return torch.device(f"cuda:{distributed.local_rank()}" if distributed.world_size() > 1 else "cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)

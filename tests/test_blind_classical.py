@@ -1,6 +1,7 @@
 """SOBI, AMUSE, JADE, FastICA: known mixings come back, and the estimators behave as scikit-learn's."""
 
 import pickle
+import sys
 import warnings
 
 import numpy as np
@@ -172,3 +173,26 @@ def test_scikit_learns_own_checks(estimator):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         check_estimator(estimator)
+
+
+def test_picard_agrees_with_fastica():
+    """Both maximise a likelihood of heavy tails, from different sides."""
+    pytest.importorskip("picard")
+    from audiosep.blind import Picard
+
+    sources = heavy()
+    X = sources @ MIXING.T
+    picard, fastica = Picard(3, random_state=0).fit(X), FastICA(3, random_state=0).fit(X)
+    assert mean_correlation(picard.sources_, sources) > 0.998
+    assert mean_correlation(picard.sources_, fastica.sources_) > 0.998
+    np.testing.assert_allclose(picard.inverse_transform(picard.sources_), X, atol=1e-9)
+    with pytest.warns(ConvergenceWarning, match=r"did not converge\. Final gradient norm"):
+        Picard(3, max_iter=1, random_state=0).fit(X)
+
+
+def test_picard_that_is_missing_is_named(monkeypatch):
+    from audiosep.blind import Picard
+
+    monkeypatch.setitem(sys.modules, "picard", None)
+    with pytest.raises(UsageError, match="pip install python-picard"):
+        Picard(3).fit(heavy(200))

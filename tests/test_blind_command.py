@@ -1,6 +1,7 @@
 """`audiosep blind`: files in, sources and a page out, errors in one line."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -34,6 +35,9 @@ def recording(path):
             np.save(path, X.astype(np.float32))
         case ".mat":
             savemat(path, {"X": X, "fs": 100.0})
+        case ".edf":
+            edfio = pytest.importorskip("edfio")
+            edfio.Edf([edfio.EdfSignal(x, 100, label=name) for x, name in zip(X.T, ("Fp1", "Fp2"))]).write(path)
         case _:
             sf.write(path, 0.3 * X, 8000, subtype="FLOAT")
     return path
@@ -47,11 +51,15 @@ def written(folder, suffix):
             return np.load(folder / "sources.npy")
         case ".mat":
             return loadmat(folder / "sources.mat")["sources"]
+        case ".edf":
+            signals = pytest.importorskip("edfio").read_edf(folder / "sources.edf").signals
+            assert {s.sampling_frequency for s in signals} == {100}
+            return np.stack([s.data for s in signals], axis=1)
         case _:
             return np.stack([sf.read(folder / f"source_{j}{suffix}")[0] for j in (1, 2)], axis=1)
 
 
-@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".npy", ".mat", ".wav"])
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".npy", ".mat", ".edf", ".wav"])
 def test_sources_are_files_of_the_same_kind(tmp_path, suffix, capsys):
     path = recording(tmp_path / f"x{suffix}")
     with pytest.raises(SystemExit) as left:
@@ -124,6 +132,24 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path, capsys):
         command.build("sobi", None, {"beta": 1}, 0)
     with pytest.raises(AudioError, match="no such file"):
         command.read(tmp_path / "missing.mat")
+    (tmp_path / "new.mat").write_bytes(b"MATLAB 7.3 MAT-file".ljust(124) + b"\x00\x02IM" + bytes(100))
+    with pytest.raises(AudioError, match="save it with the option -v7"):
+        command.read(tmp_path / "new.mat")
+
+
+def test_edf_without_its_reader_is_named(tmp_path, monkeypatch):
+    (tmp_path / "x.edf").write_bytes(b"0")
+    monkeypatch.setitem(sys.modules, "edfio", None)
+    with pytest.raises(UsageError, match="edf files need edfio: pip install"):
+        command.read(tmp_path / "x.edf")
+
+
+def test_edf_channels_of_different_rates_are_refused(tmp_path):
+    edfio = pytest.importorskip("edfio")
+    signals = [edfio.EdfSignal(np.arange(float(10 * rate)), rate) for rate in (100, 200)]
+    edfio.Edf(signals).write(tmp_path / "x.edf")
+    with pytest.raises(AudioError, match=r"of one sampling rate are needed, these have \[100"):
+        command.read(tmp_path / "x.edf")
 
 
 def test_the_command_offers_every_method():

@@ -151,9 +151,26 @@ def test_posterior_of_a_noisy_mixture():
     assert 0.9 < coverage(found.mean, found.std, S) < 0.99
 
 
-def test_white_sources_are_not_taken_for_noise():
-    S = np.random.default_rng(0).laplace(size=(800, 2))
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_white_sources_are_not_taken_for_noise(seed):
+    """Whatever line they have by chance."""
+    S = np.random.default_rng(seed).laplace(size=(800, 2))
     A = np.array([[1.0, 0.5], [-0.3, 1.0]])
     found = gaussian_posterior(S @ A.T, A)
     assert found.noise == 0
     np.testing.assert_allclose(found.mean, S, atol=1e-4)
+
+
+def test_a_periodic_source_is_found_again():
+    """A sawtooth in noise: its corners stay, where a process that is the same everywhere would blunt them."""
+    t = np.arange(600)
+    saw = 2 * ((t / 73.4) % 1) - 1
+    observed = saw + 0.1 * np.random.default_rng(0).standard_normal(600)
+    found = gp.fit(observed - observed.mean())
+    assert found.kernel == "periodic12"
+    assert 1 / found.frequency == pytest.approx(73.4, rel=2e-3)
+    assert found.noise == pytest.approx(0.01, rel=0.3)
+    mean, std = gp.smooth(observed - observed.mean(), found)
+    left = mean - (saw - observed.mean())
+    assert np.mean(left**2) < 0.4 * found.noise
+    assert 0.9 < (np.abs(left) < 1.96 * std).mean()

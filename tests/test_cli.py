@@ -17,7 +17,7 @@ import pytest
 import soundfile as sf
 
 import audiosep
-from audiosep import audio, batch, doctor, progress
+from audiosep import audio, doctor, progress, report
 from audiosep.cli import main
 from audiosep.errors import ModelError, UsageError
 
@@ -68,7 +68,8 @@ class HalfSeparator:
 
 @pytest.fixture(autouse=True)
 def fake(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "audiosep.separator", types.SimpleNamespace(Separator=HalfSeparator))
+    fakes = types.SimpleNamespace(load=HalfSeparator.from_pretrained)
+    monkeypatch.setitem(sys.modules, "audiosep.direct", fakes)
     monkeypatch.chdir(tmp_path)
     HalfSeparator.calls.clear()
     tone("mix.wav")
@@ -322,7 +323,7 @@ class Slow(test_cli.HalfSeparator):
             print("started", file=sys.stderr, flush=True)
             time.sleep(0.1)
         return super().separate_file(path, out, sources, progress=slow, **options)
-sys.modules["audiosep.separator"] = types.SimpleNamespace(Separator=Slow)
+sys.modules["audiosep.direct"] = types.SimpleNamespace(load=Slow.from_pretrained)
 from audiosep.cli import main
 main(sys.argv[1:])
 """
@@ -409,36 +410,36 @@ def test_models(capsys, monkeypatch, tmp_path):
     assert run("models", "import", "sound_source.pt", "-o", "shelf") == 2
 
 
-def test_evaluate(monkeypatch, capsys):
-    seen = {}
+def test_evaluate(monkeypatch, capsys, tmp_path):
+    seen = []
 
-    def run_evaluate(**arguments):
-        arguments.pop("progress")(1, 3, "scoring")
-        seen.update(arguments)
-        return {"mean": 1.5}
+    def run_evaluate(tables, out, progress):
+        progress(1, 3, "scoring")
+        seen.append((tables, out))
+        return [{"mean": 1.5}]
 
-    module = types.SimpleNamespace(run=run_evaluate, table=lambda summaries: f"mean {summaries[0]['mean']}")
-    monkeypatch.setitem(sys.modules, "audiosep.evaluate", module)
-    monkeypatch.setattr(audiosep, "evaluate", module, raising=False)
-    arguments = "--task 2speech --count 3 --seed 4 -n a,b --steps 5 -o r.jsonl"
+    table = types.SimpleNamespace(table=lambda summaries, published: f"mean {summaries[0]['mean']} {published}")
+    for name, module in (("evaluate", types.SimpleNamespace(run=run_evaluate)), ("results", table)):
+        monkeypatch.setitem(sys.modules, f"audiosep.{name}", module)
+        monkeypatch.setattr(audiosep, name, module, raising=False)
+    arguments = "--task 2speech --task 2sound --count 3 --seed 4 -n a,./b --steps 5 -o r"
     assert run("evaluate", *arguments.split()) == 0
-    assert capsys.readouterr().out == "mean 1.5\n"
-    assert seen == {
-        "manifest": Path("data/open16k.csv"),
-        "task": "2speech",
-        "count": 3,
-        "seed": 4,
-        "models": "a,b",
-        "out": Path("r.jsonl"),
-        "preset": "default",
-        "sampler": None,
-        "steps": 5,
-        "device": "auto",
-        "samples": None,
-        "segment": 4.0,
-    }
+    assert capsys.readouterr().out == "mean 1.5 {}\nr/report.html\n"
+    asked = {"manifest": "data/open16k.csv", "tasks": ["2speech", "2sound"], "count": 3, "seed": 4}
+    separators = {"a+b": {"models": "a,./b", "steps": 5}}
+    assert seen.pop() == ({"evaluate": asked, "separators": separators}, Path("r"))
     assert run("evaluate", "--json") == 0
-    assert json.loads(capsys.readouterr().out) == {"mean": 1.5}
+    assert json.loads(capsys.readouterr().out) == [{"mean": 1.5}]
+    recipe = tmp_path / "table.toml"
+    recipe.write_text('[evaluate]\nmanifest = "m.csv"\n[separators.ours]\n[published.paper]\n2sound = { sdr = 3.0 }\n')
+    assert run("evaluate", str(recipe), "--set", "separators.ours.steps=7", "--count", "2") == 0
+    tables, out = seen.pop()
+    assert tables["evaluate"] == {"manifest": "m.csv", "count": 2}
+    assert tables["separators"] == {"ours": {"steps": 7}}
+    assert out is None
+    assert "{'2sound': {'sdr': 3.0}}" in capsys.readouterr().out
+    assert run("evaluate", str(recipe), "--preset", "paper") == 2
+    assert "--set separators.NAME.preset=paper" in capsys.readouterr().err
 
 
 def test_doctor(capsys, monkeypatch):
@@ -466,6 +467,6 @@ def test_doctor_knows_what_pyproject_asks_for():
 
 def test_reports_are_plain_json(tmp_path):
     value = {"a": np.float32(1.5), "b": [np.nan, float("inf")], "c": (np.arange(2), Path("x"))}
-    batch.write_json(tmp_path / "r.json", value)
+    report.write_json(tmp_path / "r.json", value)
     written = json.loads((tmp_path / "r.json").read_text())
     assert written == {"a": 1.5, "b": [None, None], "c": [[0, 1], "x"]}

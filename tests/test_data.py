@@ -10,6 +10,7 @@ import soundfile
 import torch
 from torch.utils.data import DataLoader, Subset
 
+from audiosep import data
 from audiosep.data import (
     Cache,
     MixtureDataset,
@@ -326,6 +327,42 @@ def test_balance_evens_out_the_labels(items):
 
     assert share(0.0) == pytest.approx(1 / 6, abs=0.05)
     assert share(1.0) == pytest.approx(1 / 7.5, abs=0.05)
+
+
+def test_equaliser_and_room():
+    rng = np.random.default_rng(0)
+    noise = rng.normal(0, 0.1, 32000)
+    plain = np.abs(np.fft.rfft(noise)) ** 2
+    bands = [slice(4000 // 2**k, 8000 // 2**k) for k in range(5)]  # octaves
+    heard = [np.abs(np.fft.rfft(data._equalised(rng, noise, 6.0, 16000))) ** 2 for _ in range(20)]
+    gains = 10 * np.log10([[wave[band].sum() / plain[band].sum() for band in bands] for wave in heard])
+    assert np.abs(gains).max() < 6.3
+    assert gains.std() > 1.5
+    click = np.zeros(16000)
+    click[100] = 1.0
+    for _ in range(5):
+        room = data._in_room(rng, click, 16000)
+        assert room[100] == pytest.approx(1.0)
+        assert not room[:100].round(9).any()
+        echoes = np.square(room[101:]).sum()
+        assert 10**-1.2 <= echoes <= 1.0
+        # Reverberation time by Schroeder's backward integral, between -5 and -25 dB.
+        left = 10 * np.log10(np.cumsum(np.square(room[140:])[::-1])[::-1] / np.square(room[140:]).sum() + 1e-12)
+        fall = (np.argmax(left < -25) - np.argmax(left < -5)) / 16000
+        assert 0.1 * 0.8 < 3 * fall < 0.6 * 1.2
+
+
+def test_equaliser_and_room_are_options_of_the_windows(items):
+    plain = SourceDataset(items, 6, seed=1)
+    varied = SourceDataset(items, 6, seed=1, equaliser=6.0, room=1.0)
+    again = SourceDataset(items, 6, seed=1, equaliser=6.0, room=1.0)
+    for k in range(6):
+        assert not torch.equal(varied[k]["wave"], plain[k]["wave"])
+        assert torch.equal(varied[k]["wave"], again[k]["wave"])
+        level = 20 * varied[k]["wave"].square().mean().sqrt().log10()
+        assert -25.01 <= level <= -19.99
+    with pytest.raises(UsageError, match="room a share"):
+        SourceDataset(items, 1, room=2.0)
 
 
 def test_gain_polarity_and_speed(items):

@@ -10,13 +10,12 @@ import soundfile
 import torch
 from rich.console import Console
 
-from audiosep import evaluate
+from audiosep import evaluate, hub, results
 from audiosep.backbones.triple_path_unet import TriplePathUNet
 from audiosep.data import MixtureDataset, read_manifest
-from audiosep.errors import UsageError
+from audiosep.errors import AudiosepError, UsageError
 from audiosep.prior import Prior
 from audiosep.schedules import vp_linear
-from audiosep.separator import Separator
 
 RATE = 16000
 
@@ -60,8 +59,14 @@ class Fake:
         return SimpleNamespace(sources=stems, sample_rate=RATE, report={"network_evaluations": 60})
 
 
-def run(manifest, fake, task="1speech+1sound", count=4, **kwargs):
-    return evaluate.run(manifest, task, count, 0, separator=fake, **kwargs)
+def tables(manifest, task="1speech+1sound", count=4, published=None, **options):
+    asked = {"manifest": str(manifest), "tasks": [task], "count": count, **options}
+    return {"evaluate": asked, "separators": {}, "published": published or {}}
+
+
+def run(manifest, fake, task="1speech+1sound", count=4, out=None, progress=None, **options):
+    (summary,) = evaluate.run(tables(manifest, task, count, **options), out, progress, {"fake": fake})
+    return summary
 
 
 def test_summary_of_a_separator_that_keeps_the_order(manifest):
@@ -75,19 +80,23 @@ def test_summary_of_a_separator_that_keeps_the_order(manifest):
     assert low <= summary["si_sdr"]["mean"] <= high
     assert summary["si_sdri"]["mean"] == pytest.approx(20, abs=1.5)
     assert summary["failure_rate"] == 0
+    assert summary["success"] == summary["si_sdr"]
     assert summary["evaluations"] == 60
+    assert summary["real_time_factor"] == pytest.approx(summary["seconds"] / 4)
     assert set(summary["si_sdr_by_kind"]) == {"speech", "sound"}
-    assert steps == [(0, 4), (1, 4), (2, 4), (3, 4), (4, 4)]
+    assert steps == [(0, 4), (1, 4), (2, 4), (3, 4)]
     assert all(asked[0] == "speech" and asked[1] in ("Bark", "Door") for asked in fake.asked)
     json.dumps(summary)
 
 
 def test_swapped_sources_fail_with_labels_fixed_only(manifest):
-    summary = run(manifest, Fake(manifest, "2speech", order=[1, 0]), task="2speech")
+    summary = run(manifest, Fake(manifest, "2speech", order=[1, 0]), task="2speech", metrics=["sdr"])
     assert summary["failure_rate"] == 1
+    assert summary["success"] is None
     assert summary["failure_rate_permuted"] == 0
     assert summary["si_sdr"]["mean"] < -10
     assert summary["si_sdr_permuted"]["mean"] == pytest.approx(20, abs=0.2)
+    assert summary["sdr"]["mean"] == pytest.approx(20, abs=0.2)  # the other scores follow the best order
 
 
 def test_the_same_mixtures_without_labels(manifest):
@@ -117,74 +126,234 @@ def test_an_exact_or_silent_estimate_stays_within_json():
 
 
 def test_a_stopped_run_goes_on_where_it_was(manifest, tmp_path):
-    out = tmp_path / "runs/rows.jsonl"
-    whole = run(manifest, Fake(manifest, "1speech+1sound"), out=out)
+    whole = run(manifest, Fake(manifest, "1speech+1sound"), out=tmp_path)
+    out = tmp_path / "rows.jsonl"
     lines = out.read_text().splitlines(keepends=True)
-    assert len(lines) == 5
-    row = json.loads(lines[1])
-    assert row["index"] == 0
+    assert len(lines) == 4
+    row = json.loads(lines[0])
+    assert (row["index"], row["separator"], row["task"]) == (0, "fake", "1speech+1sound")
     assert len(row["si_sdr"]) == len(row["ids"]) == 2
-    out.write_text("".join(lines[:3]) + lines[3][:20])
+    out.write_bytes("".join(lines[:2]).encode() + '{"ids": ["ä'.encode()[:-1])  # as a killed run leaves it
     fake = Fake(manifest, "1speech+1sound")
-    resumed = run(manifest, fake, out=out)
+    resumed = run(manifest, fake, out=tmp_path)
     assert len(fake.asked) == 2
     assert resumed["si_sdr"] == whole["si_sdr"]
-    assert len(out.read_text().splitlines()) == 5
+    assert len(out.read_bytes().splitlines()) == 5  # the half line is kept, and counts for none
     fake = Fake(manifest, "1speech+1sound")
-    more = run(manifest, fake, count=6, out=out)
+    more = run(manifest, fake, count=6, out=tmp_path)
     assert len(fake.asked) == 2
     assert more["count"] == 6
 
 
 def test_rows_of_another_run_are_not_mixed_in(manifest, tmp_path):
-    out = tmp_path / "rows.jsonl"
-    run(manifest, Fake(manifest, "1speech+1sound"), out=out, count=1)
-    with pytest.raises(UsageError, match="task '1speech\\+1sound', here '2sound'"):
-        run(manifest, Fake(manifest, "2sound"), task="2sound", out=out)
-    with pytest.raises(UsageError, match="items"):
-        run(manifest, Fake(manifest, "1speech+1sound", classes=("rain",)), out=out)
-    fake = Fake(manifest, "1speech+1sound")
-    fake.priors["sound"].origin = {"sha256": "retrained"}
-    with pytest.raises(UsageError, match="weights"):
-        run(manifest, fake, out=out)
-    out.write_text("hello\n")
+    run(manifest, Fake(manifest, "1speech+1sound"), out=tmp_path, count=1)
+    retrained = Fake(manifest, "1speech+1sound")
+    retrained.priors["sound"].origin = {"sha256": "retrained"}
+    for fake in (Fake(manifest, "1speech+1sound", classes=("rain",)), retrained):
+        assert run(manifest, fake, out=tmp_path, count=2)["count"] == 2
+        assert len(fake.asked) == 2
+    again = Fake(manifest, "1speech+1sound")
+    run(manifest, again, out=tmp_path, count=1)
+    assert not again.asked  # its row is still there
+    (tmp_path / "rows.jsonl").write_text("hello\n")
     with pytest.raises(UsageError, match="not a file of rows"):
-        run(manifest, Fake(manifest, "1speech+1sound"), out=out)
-    out.write_text("")
-    assert run(manifest, Fake(manifest, "1speech+1sound"), out=out, count=1)["count"] == 1
+        run(manifest, Fake(manifest, "1speech+1sound"), out=tmp_path)
 
 
-def test_an_error_names_the_mixture(manifest):
-    class Short(Fake):
-        def __call__(self, wave, sample_rate, sources=None):
-            result = super().__call__(wave, sample_rate, sources)
-            result.sources = {name: stem[:, :-1] for name, stem in result.sources.items()}
-            return result
+@pytest.mark.parametrize("world", [1, 2])
+def test_processes_share_the_mixtures(manifest, tmp_path, monkeypatch, world):
+    asked = []
+    for rank in reversed(range(world)):  # the first process waits for the others' rows
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", str(world))
+        fake = Fake(manifest, "1speech+1sound")
+        summary = run(manifest, fake, count=5, out=tmp_path)
+        asked.append(len(fake.asked))
+        if world > 1:
+            with pytest.raises(UsageError, match="name one with -o"):
+                run(manifest, fake)
+    assert sum(asked) == 5
+    rows = sorted(json.loads(line)["index"] for line in (tmp_path / "rows.jsonl").read_text().splitlines())
+    assert rows == [0, 1, 2, 3, 4]
+    assert summary["si_sdr"]["mean"] == pytest.approx(20, abs=0.2)
 
-    with pytest.raises(UsageError, match=r"mixture 0 \(.*wav.*\): estimate and reference differ"):
-        run(manifest, Short(manifest, "1speech+1sound"))
+
+class Broken(Fake):
+    """Gives the mixtures of some numbers stems that can't be scored."""
+
+    def __init__(self, *args, broken=(0, 1, 2, 3), **kwargs):
+        super().__init__(*args, **kwargs)
+        self.broken = broken
+
+    def __call__(self, wave, sample_rate, sources=None):
+        result = super().__call__(wave, sample_rate, sources)
+        if any(torch.equal(self.items[i]["mixture"], wave[0]) for i in self.broken):
+            name, stem = next(iter(result.sources.items()))
+            result.sources[name] = stem[:, :-1]
+        return result
 
 
-def test_the_real_separator(manifest):
+def test_a_mixture_that_fails_is_named_counted_and_tried_again(manifest, tmp_path, caplog):
+    summary = run(manifest, Broken(manifest, "1speech+1sound", broken=(2,)), out=tmp_path)
+    assert (summary["count"], summary["errors"]) == (3, 1)
+    assert "fake, mixture 2 (" in caplog.text
+    assert "stems differ in length: [63999, 64000]" in caplog.text
+    assert "1 mixtures could not be separated" in (tmp_path / "summary.md").read_text()
+    mended = Fake(manifest, "1speech+1sound")
+    assert run(manifest, mended, out=tmp_path)["errors"] == 0
+    assert len(mended.asked) == 1
+    with pytest.raises(AudiosepError, match=r"fake failed on every mixture: .*stems differ in length"):
+        run(manifest, Broken(manifest, "1speech+1sound"))
+
+
+def test_an_oracle_is_given_the_references_and_marked(manifest):
+    class Oracle(Fake):
+        oracle = True
+
+        def __call__(self, wave, sample_rate, sources=None, references=None):
+            stems = {name: reference[None] for name, reference in zip(sources, references)}
+            return SimpleNamespace(sources=stems, sample_rate=RATE, report={})
+
+    summary = run(manifest, Oracle(manifest, "1speech+1sound"))
+    assert summary["si_sdr"]["mean"] == 100
+    assert "| fake (oracle) |" in results.markdown([summary])
+
+
+def test_an_ideal_mask_is_an_oracle(manifest):
+    recipe = tables(manifest, count=2)
+    recipe["separators"]["ideal"] = {"type": "oracle"}
+    (summary,) = evaluate.run(recipe)
+    assert summary["oracle"]
+    assert 2 < summary["si_sdri"]["mean"] < 8  # of two noises, which overlap everywhere
+    assert summary["si_sdr"]["mean"] == summary["si_sdr_permuted"]["mean"]
+    recipe["separators"]["ideal"]["mask"] = "magic"
+    with pytest.raises(UsageError, match="mask is one of oracle-ratio-mask"):
+        evaluate.run(recipe)
+
+
+def test_several_separators_on_the_same_mixtures(manifest, tmp_path):
+    recipe = tables(manifest, published={"paper": {"1speech+1sound": {"si_sdr_permuted": 14.31}}})
+    recipe["separators"]["mixture"] = {"type": "unprocessed"}
+    recipe["separators"]["few"] = {"type": "unprocessed", "count": 2}
+    better = Fake(manifest, "1speech+1sound")
+    summaries = evaluate.run(recipe, tmp_path, None, {"fake": better})
+    assert [(s["separator"], s["count"]) for s in summaries] == [("mixture", 4), ("few", 2), ("fake", 4)]
+    mixture, few, fake = summaries
+    assert mixture["si_sdri"]["mean"] == few["difference"]["si_sdr"]["mean"] == 0
+    assert few["difference"]["count"] == 2
+    assert fake["difference"]["si_sdr"]["mean"] == pytest.approx(fake["si_sdri"]["mean"])
+    text = (tmp_path / "summary.md").read_text()
+    assert "paper (published) | - | - | - | - | - | - | 14.31" in text
+    with (tmp_path / "summary.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["separator"] for row in rows] == ["paper (published)", "mixture", "few", "fake"]
+    assert float(rows[3]["si_sdr"]) == fake["si_sdr"]["mean"]
+    assert json.loads((tmp_path / "summary.json").read_text())["summaries"] == summaries
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<audio ") == 3 * 5  # mixture, two references, two estimates of three items
+    assert "mixture, 1speech+1sound, worst" in page
+    assert "share of mixtures at or below" in page
+
+
+def test_stems_are_kept_in_the_best_order(manifest, tmp_path):
+    fake = Fake(manifest, "3sound", order=[1, 2, 0], classes=("bark", "door", "rain"))
+    run(manifest, fake, task="3sound", count=1, out=tmp_path)
+    (path,) = (tmp_path / "stems").rglob("*.flac")
+    estimates = torch.from_numpy(soundfile.read(path, dtype="float32")[0].T)
+    item = fake.items[0]
+    assert evaluate.score(estimates, item["sources"], item["mixture"])["permutation"] == [0, 1, 2]
+    run(manifest, Fake(manifest, "2speech"), task="2speech", count=1, out=tmp_path / "bare", stems=False)
+    assert not (tmp_path / "bare/stems").exists()
+
+
+def test_what_a_recipe_gets_wrong(manifest):
+    def refused(match, **changes):
+        recipe = tables(manifest)
+        recipe["separators"] = changes.pop("separators", {"a": {"type": "unprocessed"}})
+        recipe["evaluate"].update(changes)
+        with pytest.raises(AudiosepError, match=match):
+            evaluate.run(recipe)
+
+    refused("no separator", separators={})
+    refused("nowhere", separators={"a": {"models": "./nowhere"}})
+    refused("no separator", separators={"a": {"models": "./nowhere", "optional": True}})
+    refused("type is one of .*, got 'magic'", separators={"a": {"type": "magic"}})
+    refused("separators.a.stepz: no such setting .*steps", separators={"a": {"stepz": 3}})
+    refused("share a sample rate", separators={k: {"type": "unprocessed", "sample_rate": int(k)} for k in ("1", "2")})
+    refused("tasks is a list", tasks="2speech")
+    refused("a task is like", tasks=["2cats"])
+    refused("metrics beside SI-SDR are sdr, pesq, estoi; got stoi", metrics=["stoi"])
+    refused("count is at least 1", count=0)
+    refused("needs 3 speakers", tasks=["3speech"])
+    refused("a.tasks is a list of some of", separators={"a": {"type": "unprocessed", "tasks": ["2speech"]}})
+    refused("page names separators that the recipe hasn't: b", page=["b"])
+    recipe = tables(manifest, published={"paper": {"1speech+1sound": {"sisdr": 3.0}}})
+    with pytest.raises(UsageError, match=r"paper\.1speech\+1sound: no column sisdr"):
+        evaluate.run(recipe)
+
+
+def test_pesq_and_estoi_are_of_speech(manifest, monkeypatch):
+    asked = []
+
+    def pesq(estimate, reference, rate):
+        asked.append(rate)
+        if len(asked) == 1:
+            raise UsageError("no utterance")
+        return torch.tensor(2.5)
+
+    monkeypatch.setitem(evaluate.metrics.METRICS, "pesq", pesq)
+    summary = run(manifest, Fake(manifest, "1speech+1sound"), count=3, metrics=["pesq"])
+    assert len(asked) == 3  # once a mixture: not of the sound
+    assert summary["pesq"]["mean"] == 2.5
+    assert summary["unscored"]["pesq"] == 1
+    assert "1 mixtures have no PESQ-WB" in results.markdown([summary])
+    assert run(manifest, Fake(manifest, "2sound"), task="2sound", metrics=["pesq"])["pesq"] is None
+
+
+def test_the_best_order_of_three(manifest):
+    """A cycle is not its own inverse: estimates, metrics and stems must follow the same one."""
+    fake = Fake(manifest, "3sound", order=[1, 2, 0], classes=("bark", "door", "rain"))
+    summary = run(manifest, fake, task="3sound", count=1, metrics=["sdr"])
+    assert summary["si_sdr_permuted"]["mean"] == pytest.approx(20, abs=0.2)
+    assert summary["sdr"]["mean"] == pytest.approx(20, abs=0.2)
+    assert summary["si_sdr"]["mean"] < 0
+
+
+def test_the_real_separator(manifest, tmp_path):
     torch.manual_seed(0)
     small = {"width": 8, "depth": (1, 1, 1, 1, 1), "heads": 2, "condition_dim": 8, "squeeze": 2, "patch": (4, 4)}
     make = {"speech": (), "sound": ("Bark", "Door")}
-    priors = {
-        name: Prior(TriplePathUNet(num_classes=len(classes), **small), vp_linear(), classes=classes, kind=name)
-        for name, classes in make.items()
+    for name, classes in make.items():
+        backbone = TriplePathUNet(num_classes=len(classes), **small)
+        hub.save_prior(Prior(backbone, vp_linear(), classes=classes, kind=name), tmp_path / name, {})
+    recipe = tables(manifest, "1speech+2sound", count=1)
+    models = [str(tmp_path / name) for name in make]
+    recipe["separators"] = {
+        "default": {"models": models, "steps": 2, "samples": 1},
+        "late": {
+            "models": models,
+            "preset": "published",
+            "steps": 3,
+            "sampling": {"t_init": 99, "loss": {"stft": 0.0}},
+        },
     }
-    separator = Separator(priors, steps=2, samples=1)
-    summary = run(manifest, separator, count=1, task="1speech+2sound")
-    assert summary["count"] == 1
-    assert summary["evaluations"] == 6
-    assert np.isfinite(summary["si_sdr"]["mean"])
+    default, late = evaluate.run(recipe)
+    assert default["count"] == 1
+    assert (default["evaluations"], late["evaluations"]) == (6, 9)
+    assert default["weights"]["speech"]
+    assert np.isfinite(default["si_sdr"]["mean"])
+    again = evaluate.run(recipe)
+    assert again[0]["si_sdr"] == default["si_sdr"]  # the noise follows from the seed
+    recipe["evaluate"]["seed"] = 1
+    assert evaluate.run(recipe)[0]["si_sdr"] != default["si_sdr"]
+    recipe["separators"]["late"]["sampling"] = {"flor": 0.1}
+    with pytest.raises(UsageError, match="flor"):
+        evaluate.run(recipe)
 
 
 def test_tables(manifest):
-    summary = run(manifest, Fake(manifest, "1speech+1sound"), models="mine")
-    text = evaluate.markdown([summary, summary])
-    assert len(text.splitlines()) == 4
-    assert "| 1speech+1sound | mine | 4 |" in text
+    summary = run(manifest, Fake(manifest, "1speech+1sound"))
+    assert "| 1speech+1sound | fake | 4 |" in results.markdown([summary, summary])
     console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(evaluate.table([summary]))
+    console.print(results.table([summary]))
     assert "1speech+1sound" in console.export_text()

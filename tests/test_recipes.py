@@ -10,10 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import torch
 
-from audiosep import fit, recipe, train
+from audiosep import evaluate, fit, recipe, separator, train
+from audiosep.baselines import fit_nmf
 from audiosep.cli import main
-from audiosep.data import Item, SourceDataset, read_manifest
+from audiosep.data import Item, MixtureDataset, SourceDataset, read_manifest
+from audiosep.samplers import build as build_sampler
+from audiosep.tagger import Tagger
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 
@@ -301,19 +305,75 @@ def test_own_voices_hold_out_whole_speakers(tmp_path, capsys):
 # TOML files
 
 
-@pytest.mark.parametrize("path", sorted(RECIPES.glob("*/*.toml")), ids=lambda p: f"{p.parent.name}/{p.stem}")
-def test_every_recipe_builds(path):
+def test_the_recipe_of_nmf_is_taken():
+    table = recipe.load(RECIPES / "unasdiff/nmf.toml")["nmf"]
+    assert set(table) <= set(inspect.signature(fit_nmf).parameters) - {"items", "classes", "progress"}
+
+
+TRAINED = {
+    path: recipe.load(path)
+    for path in sorted(RECIPES.glob("*/*.toml"))
+    if "train" in recipe.load(path) and "tagger" not in recipe.load(path)
+}
+MILLIONS = {
+    "paper": 37.2,
+    "diffwave-large": 32.3,
+    "conv-tasnet-small": 2.8,
+    "conv-tasnet": 8.2,
+    "conv-tasnet-paper": 5.0,
+    "tf-locoformer": 8.6,
+    "tf-locoformer-paper": 15.0,
+}
+
+
+@pytest.mark.parametrize(("path", "tables"), TRAINED.items(), ids=[f"{p.parent.name}/{p.stem}" for p in TRAINED])
+def test_every_recipe_builds(path, tables):
     """Each key is taken by what the table stands for."""
-    tables = recipe.load(path)
-    recipe.check_tables(tables, fit.TABLES)
-    classes = ["a", "b"] if tables["prior"]["kind"] == "sound" else []
-    prior = fit.build_prior(tables, classes)
-    weights = sum(p.numel() for p in prior.parameters())
-    assert weights == pytest.approx(37e6 if path.stem == "paper" else 8.7e6, rel=0.02)
+    expert = "expert" in tables
+    recipe.check_tables(tables, fit.EXPERT_TABLES if expert else fit.TABLES)
     options = recipe.build(train.Options, tables["train"], "train")
-    item = Item("a.wav", Path("a.wav"), "train", tables["prior"]["kind"], "a", 4.0, "g")
+    kind = "speech" if expert else tables["prior"]["kind"]
+    items = [Item(f"{name}.wav", Path(f"{name}.wav"), "train", kind, name, 4.0, name) for name in "ab"]
     window = {k: v for k, v in tables["data"].items() if k not in (*fit.MANIFEST, "cache")}
-    recipe.build(SourceDataset, window, "data", items=[item], count=options.batch_size)
-    known = set(inspect.signature(fit.Probe).parameters)
-    assert set(tables.get("probe", {})) <= known - {"data", "prior", "folder"}
+    with torch.device("meta"):
+        model = fit.build_expert(tables) if expert else fit.build_prior(tables, ["a", "b"] if kind == "sound" else [])
+    if expert:
+        recipe.build(MixtureDataset, window, "data", items=items, task="2speech", count=1, seed=0)
+        known = set(inspect.signature(fit.ExpertProbe).parameters) - {"data", "expert"}
+    else:
+        recipe.build(SourceDataset, window, "data", items=items, count=options.batch_size)
+        known = set(inspect.signature(fit.Probe).parameters) - {"data", "prior", "folder"}
+    weights = sum(p.numel() for p in model.parameters())
+    assert weights == pytest.approx(1e6 * MILLIONS.get(path.stem, 8.7), rel=0.02)
+    assert set(tables.get("probe", {})) <= known
     recipe.build(fit._card, tables["card"], "card")
+
+
+def test_the_taggers_recipe_builds():
+    tables = recipe.load(RECIPES / "open16k/tagger.toml")
+    recipe.check_tables(tables, fit.TAGGER_TABLES)
+    recipe.build(train.Options, tables["train"], "train")
+    own = {key: value for key, value in tables["tagger"].items() if key not in ("of", "tasks")}
+    tagger = recipe.build(Tagger, own, "tagger", classes=["a", "b"])
+    assert sum(p.numel() for p in tagger.parameters()) < 0.35e6
+    assert set(tables["probe"]) <= set(inspect.signature(fit.TaggerProbe).parameters)
+    recipe.build(fit._card, tables["card"], "card")
+
+
+MEASURED = {path: recipe.load(path) for path in sorted(RECIPES.glob("*/*.toml")) if "evaluate" in recipe.load(path)}
+
+
+@pytest.mark.parametrize("path", MEASURED, ids=lambda path: path.stem)
+def test_recipes_of_evaluations_name_what_is_there(path, gaussian):
+    tables = MEASURED[path]
+    recipe.check_tables(tables, evaluate.TABLES)
+    plan = recipe.build(evaluate.Plan, tables["evaluate"], "evaluate")
+    for name, table in tables["separators"].items():
+        assert set(table.get("tasks", plan.tasks)) <= set(plan.tasks), name
+        kind = table.get("type", "checkpoints")
+        known = inspect.signature(evaluate.MAKERS[kind]).parameters
+        assert set(table) <= {*known, "type", "tasks", "count", "optional"}, name
+        if kind == "checkpoints" and "optional" not in table:
+            options = {key: table[key] for key in ("sampler", "preset", "steps") if key in table}
+            build_sampler(gaussian.joint, **options, **separator.sampler_options(table.get("sampling", {})))
+    evaluate._check_published(tables.get("published", {}), plan)

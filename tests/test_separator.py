@@ -328,7 +328,7 @@ def test_cuda_equals_the_cpu(tiny_prior, sampler):
 @pytest.mark.gpu
 def test_nothing_in_the_loop_waits_for_the_device(tiny_prior):
     separator = Separator({"speech": tiny_prior(kind="speech")}, steps=3, device="cuda")
-    sampler = separator._sampler(separator.resolve(["speech", "speech"]))
+    sampler = separator.sampler_for(separator.resolve(["speech", "speech"]))
     from audiosep.samplers import Noise
 
     y = torch.randn(2, 16000, device="cuda")

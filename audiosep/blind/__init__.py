@@ -12,6 +12,7 @@ from audiosep.errors import UsageError
 
 if TYPE_CHECKING:
     from audiosep.blind.ar_flow_vae import ARFlowVAE
+    from audiosep.blind.blocks import separate_in_blocks
     from audiosep.blind.classical import AMUSE, JADE, SOBI, FastICA, Picard
     from audiosep.blind.convolutive import ILRMA, AuxIVA, FastMNMF2
     from audiosep.blind.gp_vae import GPVAE
@@ -32,6 +33,7 @@ _PUBLIC = {
     "SKRVAE": "audiosep.blind.skr_vae",
     "SOBI": "audiosep.blind.classical",
     "StrADiff": "audiosep.blind.stradiff",
+    "separate_in_blocks": "audiosep.blind.blocks",
 }
 
 __all__ = [
@@ -47,6 +49,7 @@ __all__ = [
     "FastMNMF2",
     "Picard",
     "StrADiff",
+    "separate_in_blocks",
 ]
 
 

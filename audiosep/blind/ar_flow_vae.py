@@ -20,19 +20,23 @@ class ARFlowVAE(VariationalSeparator):
     n_sources: int or None
         Number of sources; None estimates it.
     mixing: "linear" or "mlp"
-        Encoder and decoder; "mlp" bends the linear maps with tanh networks, and wants some 3000 iterations.
+        Encoder and decoder; "mlp" bends the linear maps with tanh networks, and wants some 1000 iterations.
     base: "normal" or "student_t"
         Distribution of the flow's noise. "normal" is the paper's, and cannot separate white heavy-tailed sources.
     init: "auto", "sobi", "fastica" or "random"
         Where the unmixing starts. "auto" is SOBI's; with base="student_t" it is SOBI's or FastICA's, whichever the
         prior finds likelier.
+    n_init: int
+        Fits to make, the first from `init`'s start and the others from random rotations; that of the highest elbo_ is
+        kept. (With mixing="mlp" that may be a wrong one: a network can bend wrong sources into likely ones.)
     posterior: "gp" or "native"
         What sources_ and sources_std_ are: the posterior under Gaussian processes fitted to the sources, or the
         encoder's mean and its learned deviation (which is no measure of the error).
     hidden: int
         Size H of the flow's state.
-    beta, warm: float
+    beta, warm: float or None
         Weight of the divergence term (twice the variance of the observation noise), and how many times it starts at.
+        None is 0.1 and 10, for mixing="mlp" 0.02 and 30.
     mlp_units: int
         Width of the networks of mixing="mlp".
     block: int or None
@@ -51,6 +55,8 @@ class ARFlowVAE(VariationalSeparator):
     noise_: noise variance per channel and processes_: the fitted processes, with posterior="gp".
     """
 
+    fits_random_starts = False
+
     def __init__(
         self,
         n_sources: int | None = None,
@@ -58,10 +64,11 @@ class ARFlowVAE(VariationalSeparator):
         mixing: str = "linear",
         base: str = "normal",
         init: str = "auto",
+        n_init: int = 1,
         posterior: str = "gp",
         hidden: int = 8,
-        beta: float = 0.1,
-        warm: float = 10.0,
+        beta: float | None = None,
+        warm: float | None = None,
         mlp_units: int = 32,
         block: int | None = 20000,
         learning_rate: float = 1e-2,
@@ -74,6 +81,7 @@ class ARFlowVAE(VariationalSeparator):
         self.mixing = mixing
         self.base = base
         self.init = init
+        self.n_init = n_init
         self.posterior = posterior
         self.hidden = hidden
         self.beta = beta
@@ -88,6 +96,10 @@ class ARFlowVAE(VariationalSeparator):
 
     def _starts(self) -> tuple[str, ...]:
         return ("sobi",) if self.base == "normal" else ("sobi", "fastica")
+
+    def _levels(self) -> tuple[float, float]:
+        usual = (0.1, 10.0) if self.mixing == "linear" else (0.02, 30.0)
+        return (usual[0] if self.beta is None else self.beta), (usual[1] if self.warm is None else self.warm)
 
     def _prior(self, sources: int) -> SourcePrior:
         return ARFlowPrior(sources, self.hidden, choose("base", self.base, BASES))

@@ -273,13 +273,18 @@ class Picard(LinearSeparator):
             picard = import_module("picard").picard
         except ImportError as error:
             raise UsageError("python-picard is not installed: pip install python-picard") from error
-        _, W, _, self.n_iter_ = picard(
-            Z.T,
-            whiten=False,
-            ortho=self.ortho,
-            max_iter=self.max_iter,
-            tol=self.tol,
-            random_state=rng,
-            return_n_iter=True,
-        )
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            _, W, _, self.n_iter_ = picard(
+                Z.T,
+                whiten=False,
+                ortho=self.ortho,
+                max_iter=self.max_iter,
+                tol=self.tol,
+                random_state=rng,
+                return_n_iter=True,
+            )
+        for warning in caught:
+            known = issubclass(warning.category, UserWarning)
+            warnings.warn(str(warning.message), ConvergenceWarning if known else warning.category, stacklevel=4)
         return np.asarray(W)

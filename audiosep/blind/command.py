@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +36,15 @@ METHODS = {
     "fastmnmf2": "FastMNMF2",
 }
 TABLES = {".csv": ",", ".tsv": "\t", ".txt": None}  # None: white space
-ARRAYS = (".npy", ".mat")
 
 
 @dataclass(frozen=True)
 class Recording:
-    """samples (T, m); the channels' names, where they have any; info, for audio."""
+    """samples (T, m); the channels' names and samples per second, where they have any; info, for audio."""
 
     samples: Array
     names: tuple[str, ...] = ()
+    rate: float | None = None
     info: audio.AudioInfo | None = None
 
 
@@ -106,19 +107,25 @@ def parse(settings: Sequence[str]) -> dict[str, Any]:
 
 
 def read(path: str | os.PathLike[str]) -> Recording:
-    """A recording of one of these kinds: audio; csv, tsv, txt with a column per channel; npy; mat."""
+    """A recording of one of these kinds: audio; csv, tsv, txt with a column per channel; npy; mat; edf."""
     source = Path(path)
-    suffix = source.suffix.lower()
-    if suffix in TABLES or suffix in ARRAYS:
-        if not source.is_file():
-            raise AudioError(f"{source}: no such file")
-        try:
-            return _read_table(source) if suffix in TABLES else Recording(_read_array(source))
-        except (OSError, ValueError) as error:
-            raise AudioError(f"{source}: can't be read: {' '.join(str(error).split())}") from error
-    with audio.open_reader(source) as reader:
+    reader = READERS.get(source.suffix.lower())
+    if reader is None:
+        return _read_audio(source)
+    if not source.is_file():
+        raise AudioError(f"{source}: no such file")
+    try:
+        return reader(source)
+    except UsageError:
+        raise
+    except (OSError, ValueError) as error:
+        raise AudioError(f"{source}: can't be read: {' '.join(str(error).split())}") from error
+
+
+def _read_audio(path: Path) -> Recording:
+    with audio.open_reader(path) as reader:
         wave = np.concatenate(list(reader.blocks(audio.BLOCK)), axis=1)
-        return Recording(wave.T.astype(np.float64), info=reader.info)
+        return Recording(wave.T.astype(np.float64), rate=reader.info.sample_rate, info=reader.info)
 
 
 def _read_table(path: Path) -> Recording:
@@ -139,16 +146,37 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _read_array(path: Path) -> Array:
-    if path.suffix.lower() == ".npy":
-        return _two_axes(np.load(path, allow_pickle=False))
+def _read_npy(path: Path) -> Recording:
+    return Recording(_two_axes(np.load(path, allow_pickle=False)))
+
+
+def _read_mat(path: Path) -> Recording:
     from scipy.io import loadmat
 
-    arrays = {k: v for k, v in loadmat(path).items() if not k.startswith("__") and getattr(v, "ndim", 0) == 2}
+    try:
+        found = loadmat(path)
+    except NotImplementedError as error:
+        raise ValueError("files of MATLAB 7.3 are HDF5; save it with the option -v7") from error
+    arrays = {k: v for k, v in found.items() if not k.startswith("__") and getattr(v, "ndim", 0) == 2}
     numbers = {k: v for k, v in arrays.items() if v.dtype.kind in "fiu" and v.size > 1}
     if len(numbers) != 1:
         raise ValueError(f"a mat file with one matrix is needed, this has {sorted(numbers) or 'none'}")
-    return _two_axes(next(iter(numbers.values())))
+    return Recording(_two_axes(next(iter(numbers.values()))))
+
+
+def _edfio() -> Any:
+    try:
+        return import_module("edfio")
+    except ModuleNotFoundError as error:
+        raise UsageError("edf files need edfio: pip install 'audiosep[blind]'") from error
+
+
+def _read_edf(path: Path) -> Recording:
+    signals = _edfio().read_edf(path).signals
+    rates = {signal.sampling_frequency for signal in signals}
+    if len(rates) != 1:
+        raise ValueError(f"channels of one sampling rate are needed, these have {sorted(rates) or 'none'} Hz")
+    return Recording(np.stack([s.data for s in signals], axis=1), tuple(s.label for s in signals), rates.pop())
 
 
 def _two_axes(values: NDArray[Any]) -> Array:
@@ -157,6 +185,15 @@ def _two_axes(values: NDArray[Any]) -> Array:
     if values.dtype.kind not in "fiu":
         raise ValueError(f"holds {values.dtype}, not real numbers")
     return values.astype(np.float64)
+
+
+# How files of each kind are read; all others are audio.
+READERS: dict[str, Callable[[Path], Recording]] = {
+    **dict.fromkeys(TABLES, _read_table),
+    ".npy": _read_npy,
+    ".mat": _read_mat,
+    ".edf": _read_edf,
+}
 
 
 def write(path: Path, out: Path, recording: Recording, estimator: Any) -> list[Path]:
@@ -175,9 +212,10 @@ def write(path: Path, out: Path, recording: Recording, estimator: Any) -> list[P
             written.append(out / f"source_{j}.{suffix}")
             audio.write(written[-1], wave[None], recording.info.sample_rate, subtype)
     else:
-        written.append(_write_array(out / f"sources{path.suffix.lower()}", sources))
+        written.append(_write_array(out / f"sources{path.suffix.lower()}", sources, recording.rate))
         if hasattr(estimator, "sources_std_"):
-            written.append(_write_array(out / f"sources_std{path.suffix.lower()}", estimator.sources_std_))
+            deviations = out / f"sources_std{path.suffix.lower()}"
+            written.append(_write_array(deviations, estimator.sources_std_, recording.rate))
     if hasattr(estimator, "mixing_"):
         written.append(_write_array(out / "mixing.csv", estimator.mixing_))
     return written
@@ -190,7 +228,7 @@ def heard(estimator: Any) -> Array:
     return np.asarray(estimator.sources_ * np.abs(estimator.mixing_).max(0))
 
 
-def _write_array(path: Path, values: Array) -> Path:
+def _write_array(path: Path, values: Array, rate: float | None = None) -> Path:
     try:
         if path.suffix == ".npy":
             np.save(path, values)
@@ -198,6 +236,10 @@ def _write_array(path: Path, values: Array) -> Path:
             from scipy.io import savemat
 
             savemat(path, {path.stem: values})
+        elif path.suffix == ".edf":
+            edfio = _edfio()
+            labels = [f"source {j}" for j in range(1, values.shape[1] + 1)]
+            edfio.Edf([edfio.EdfSignal(v, rate, label=label) for label, v in zip(labels, values.T)]).write(path)
         else:
             delimiter = TABLES[path.suffix] or " "
             header = delimiter.join(f"source_{j}" for j in range(1, values.shape[1] + 1))
@@ -230,11 +272,11 @@ def _facts(estimator: Any, method: str, recording: Recording, seconds: float) ->
 
 
 def _write_page(path: Path, name: str, facts: dict[str, Any], recording: Recording, estimator: Any) -> None:
-    rate = recording.info.sample_rate if recording.info else None
     samples = len(recording.samples)
-    end, unit = (samples / rate, "s") if rate else (float(samples), "samples")
+    end, unit = (samples / recording.rate, "s") if recording.rate else (float(samples), "samples")
     tracks, plots = [], []
-    if rate:
+    if recording.info:
+        rate = recording.info.sample_rate
         tracks = [(f"source {j}", wave[None], rate) for j, wave in enumerate(heard(estimator).T, start=1)]
     for j, source in enumerate(estimator.sources_.T):
         label = f"source {j + 1}"

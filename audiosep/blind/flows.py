@@ -58,7 +58,7 @@ class ARFlowPrior(nn.Module):
     def __init__(self, sources: int, hidden: int = 8, base: str = "normal") -> None:
         super().__init__()
         self.base = base
-        self.ar_coef = nn.Parameter(torch.full((sources,), 0.5))
+        self.ar_coef = nn.Parameter(torch.linspace(0.3, 0.9, sources))  # unlike, that they may part
         self.log_innovation = nn.Parameter(torch.zeros(sources))  # log sigma
         self.log_first = nn.Parameter(torch.zeros(sources))  # log sigma_0
         self.log_df = nn.Parameter(torch.full((sources,), math.log(8.0)))  # of the Student-t, less 2

@@ -12,7 +12,7 @@ exact at O(T^2) (O(T log T) past 16,000 samples), where a Cholesky factor costs 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.linalg import expm
 from scipy.optimize import minimize
+from scipy.signal.windows import tukey
 from torch import Tensor
 
 from audiosep.blind import toeplitz
@@ -57,10 +58,15 @@ ENVELOPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "matern32": matern32,
     "matern52": matern52,
 }
-KERNELS = (*ENVELOPES, "periodic")
-DEFAULT_KERNELS = ("rbf", "matern32", "matern12")
+PERIODIC = ("periodic", "periodic12")
+KERNELS = (*ENVELOPES, *PERIODIC)
+DEFAULT_KERNELS = ("rbf", "matern32", "matern12", *PERIODIC)
 FIT_SAMPLES = 4000
-EVIDENCE = 2.0  # a fit without noise is kept unless noise makes the source likelier by more than this (in nats)
+FINALISTS = 2  # processes that are fitted after a survey of all, beside the best periodic one
+FADE = 0.1  # share of the recording that is faded in and out before its spectrum is taken
+# A fit without noise is kept unless noise makes the source likelier by more than this (in nats): white noise has a line
+# at the best of all frequencies that gains the logarithm of their number.
+EVIDENCE = 12.0
 
 
 def correlation(
@@ -69,11 +75,14 @@ def correlation(
     """The kernel at lags d (T,), 1 at lag 0; parameters broadcast, as (n, 1).
 
     rbf and matern are multiplied by cos(2 pi f d), which moves the spectrum from 0 to the frequency f in cycles per
-    sample; periodic is exp(-2 sin^2(pi f d) / l^2), of period 1 / f and with l a share of it, times exp(-decay d).
+    sample; periodic is exp(-2 sin^2(pi f d) / l^2), of period 1 / f and with l a share of it, times exp(-decay d):
+    rbf of the chord 2 |sin| between two times on a circle. periodic12, matern12 of it, has jumps and corners.
     """
     turns = torch.pi * lag * frequency
     if kernel == "periodic":
         return torch.exp(-2 * torch.sin(turns) ** 2 / length_scale**2 - decay * lag)
+    if kernel == "periodic12":
+        return torch.exp(-2 * torch.sin(turns).abs() / length_scale - decay * lag)
     if kernel not in ENVELOPES:
         raise UsageError(f"kernel is {', '.join(KERNELS[:-1])} or {KERNELS[-1]}, got {kernel!r}")
     return ENVELOPES[kernel](lag, length_scale) * torch.cos(2 * turns)
@@ -156,10 +165,11 @@ def fit(
     noise: float | None = None,
     modulated: bool = True,
     max_iter: int = 30,
+    near: Process | None = None,
 ) -> Process:
     """The process that makes s (T,) likeliest: over the kernels, with and without a frequency.
 
-    noise: the variance of the noise in s if it is known; None fits it.
+    noise: the variance of the noise in s if it is known; None fits it. near: a process to begin at, whose kernel stays.
     Of more than FIT_SAMPLES samples the middle ones are taken: a stationary process is the same everywhere.
     """
     s = _stretch(s)
@@ -168,23 +178,23 @@ def fit(
         raise UsageError("a silent source has no process to fit")
     unit = torch.from_numpy(np.ascontiguousarray(s / np.sqrt(power)))[None]
     known = None if noise is None else noise / power
-    starts = [(kernel, 0.0) for kernel in kernels if kernel != "periodic"]
-    if modulated:
-        peak = spectral_peak(s)
-        starts += [(kernel, peak) for kernel in kernels if peak > 0]
-    fits = [_fit_one(unit, kernel, frequency, known, max_iter) for kernel, frequency in starts]
-    best = min(fits, key=lambda p: p.nll)
+    peak = spectral_peak(s) if modulated else 0.0
+
+    def likeliest(level: float | None) -> Process:
+        if near is None:
+            survey = _survey(unit[0].numpy(), kernels, peak, level)
+            finalists = [p for p in survey if p.kernel not in PERIODIC][:FINALISTS]
+            finalists += [p for p in survey if p.kernel in PERIODIC][:1]
+        else:
+            finalists = [replace(near, variance=near.variance / power, noise=near.noise / power)]
+        return min((_climb(unit, p, level, max_iter) for p in finalists), key=lambda p: p.nll)
+
+    best = likeliest(known)
     if noise is None:
-        clean = min((_fit_one(unit, k, f, 0.0, max_iter) for k, f in starts), key=lambda p: p.nll)
+        clean = likeliest(0.0)
         best = clean if clean.nll < best.nll + EVIDENCE else best
-    return Process(
-        best.kernel,
-        best.length_scale,
-        best.frequency,
-        best.variance * power,
-        best.noise * power,
-        best.nll + len(s) / 2 * float(np.log(power)),
-    )
+    nll = best.nll + len(s) / 2 * float(np.log(power))
+    return replace(best, variance=best.variance * power, noise=best.noise * power, nll=nll)
 
 
 def _stretch(s: Array) -> Array:
@@ -197,19 +207,70 @@ def spectral_peak(s: Array) -> float:
     samples = len(s)
     spectrum = np.abs(np.fft.rfft((s - s.mean()) * np.hanning(samples), 4 * samples)) ** 2
     peak = int(spectrum.argmax())
-    return peak / (4 * samples) if peak > 8 else 0.0
+    if peak <= 4 or peak == len(spectrum) - 1:
+        return 0.0
+    before, at, after = np.log(spectrum[peak - 1 : peak + 2] + 1e-300)
+    return (peak + 0.5 * (before - after) / (before - 2 * at + after - 1e-12)) / (4 * samples)
 
 
-def _fit_one(unit: Tensor, kernel: str, frequency: float, noise: float | None, max_iter: int) -> Process:
-    """Length-scale, frequency, variance and noise by exact gradients, from a coarse grid of length-scales."""
+def tapered_spectrum(X: Array, fade: float = FADE) -> Array:
+    """Spectra (T // 2 + 1, ...) of X (T, ...), faded in and out over a share; their power is on average that of X."""
+    taper = _taper(len(X), fade).reshape(-1, *[1] * (X.ndim - 1))
+    return np.fft.rfft(X * taper, axis=0) / np.sqrt(len(X))
+
+
+def expected_power(column: Array, fade: float = FADE) -> Array:
+    """Expected |`tapered_spectrum`|^2, (T // 2 + 1,), of a process of these autocovariances (T,), leakage too."""
+    samples = len(column)
+    taper = _taper(samples, fade)
+    seen = column * (toeplitz.correlate(taper, taper) / samples)
+    both = np.r_[seen[0], seen[1:] + seen[:0:-1]]
+    return np.maximum(np.fft.rfft(both).real, 1e-12 * seen[0])
+
+
+def _taper(samples: int, fade: float) -> Array:
+    taper = tukey(samples, fade)
+    return taper / np.sqrt(np.mean(taper**2))
+
+
+def _survey(unit: Array, kernels: Sequence[str], peak: float, noise: float | None) -> list[Process]:
+    """A process per kernel, with and without a frequency, likeliest first, by the powers at all frequencies.
+
+    That takes them for independent, which is good enough for a start but not for a fit.
+    """
+    power = np.abs(tapered_spectrum(unit)) ** 2
+    level = np.logspace(-6, 1, 15) if noise is None else np.logspace(-1.5, 1, 15)
+    found = []
+    for kernel, frequency in [(k, f) for k in kernels for f in {0.0, peak} if f > 0 or k not in PERIODIC]:
+        best = Process(kernel, 1.0, frequency, 1.0, 0.0, np.inf)
+        reach = (0.1, 2.0, 9) if kernel in PERIODIC else (0.3, min(len(unit) / 2, 1000.0), 16)
+        for scale in np.geomspace(*reach):
+            shape = expected_power(Process(kernel, scale, frequency, 1.0, 0.0).column(len(unit)))
+            if noise is None:  # levels are those of the noise, the variance follows
+                both = shape + level[:, None]
+                variance = (power / both).mean(1)
+                both *= variance[:, None]
+            else:
+                variance = level
+                both = shape * level[:, None] + max(noise, NOISE_FLOOR)
+            misfit = (np.log(both) + power / both).sum(1)
+            i = int(misfit.argmin())
+            if misfit[i] < best.nll:
+                kept = level[i] * variance[i] if noise is None else noise
+                best = Process(kernel, float(scale), frequency, float(variance[i]), float(kept), float(misfit[i]))
+        found.append(best)
+    return sorted(found, key=lambda p: p.nll)
+
+
+def _climb(unit: Tensor, begin: Process, noise: float | None, max_iter: int) -> Process:
+    """Length-scale, frequency, variance and noise (where None) by exact gradients from `begin`."""
     samples = unit.shape[1]
     lag = torch.arange(samples, dtype=torch.float64)
-    moves = frequency > 0
-    first_noise = 0.05 if noise is None else noise
+    moves = begin.frequency > 0
 
     def column(p: Tensor) -> Tensor:
-        f = frequency * torch.exp(p[2] / samples) if moves else 0.0
-        shape = p[1].exp() * correlation(kernel, lag, p[0].exp(), f)
+        f = begin.frequency + 0.1 * p[2] / samples if moves else 0.0
+        shape = p[1].exp() * correlation(begin.kernel, lag, p[0].exp(), f)
         level = p[3].exp() if noise is None else torch.tensor(max(noise, NOISE_FLOOR), dtype=torch.float64)
         return shape + (level + 1e-9) * (lag == 0)
 
@@ -223,20 +284,17 @@ def _fit_one(unit: Tensor, kernel: str, frequency: float, noise: float | None, m
         (gradient,) = torch.autograd.grad(nll, p)
         return float(nll.detach()), gradient.numpy()
 
-    def start(scale: float) -> Array:
-        return np.array([np.log(scale), np.log(max(1 - first_noise, 0.1)), 0.0, np.log(max(first_noise, 1e-4))])
-
-    scales = [0.2, 0.5, 1.0] if kernel == "periodic" else [s for s in (1.0, 3.0, 10.0, 30.0, 100.0) if s < samples]
-    begin = min((start(scale) for scale in scales), key=lambda p: loss(p)[0])
-    bounds = [(np.log(0.05), np.log(10.0 * samples)), (-12, 6), (-2, 2), (np.log(NOISE_FLOOR), 1.0)]
-    found = minimize(loss, begin, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": max_iter})
-    scale, variance, shift, level = found.x
+    turn = min(5.0, 5.0 * samples * begin.frequency)  # half a cycle over the whole
+    bounds = [(np.log(0.05), np.log(10.0 * samples)), (-12, 6), (-turn, turn), (np.log(NOISE_FLOOR), 1.0)]
+    start = np.array([np.log(begin.length_scale), np.log(begin.variance), 0.0, np.log(max(begin.noise, NOISE_FLOOR))])
+    found = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": max_iter})
+    x = found.x
     return Process(
-        kernel,
-        float(np.exp(scale)),
-        float(frequency * np.exp(shift / samples)) if moves else 0.0,
-        float(np.exp(variance)),
-        float(np.exp(level)) if noise is None else noise,
+        begin.kernel,
+        float(np.exp(x[0])),
+        float(begin.frequency + 0.1 * x[2] / samples) if moves else 0.0,
+        float(np.exp(x[1])),
+        float(np.exp(x[3])) if noise is None else noise,
         float(found.fun),
     )
 

@@ -55,7 +55,8 @@ class GPVAE(VariationalSeparator):
 
     Parameters
     ----------
-    n_sources, mixing, init, posterior, beta, warm, mlp_units, block, learning_rate, max_iter, tol, random_state, device
+    n_sources, mixing, init, n_init, posterior, beta, warm, mlp_units, block, learning_rate, max_iter, tol,
+    random_state, device
         As ARFlowVAE's; init="auto" is SOBI's.
     kernel: "rbf", "matern12", "matern32" or "matern52"
     jitter: float
@@ -72,6 +73,7 @@ class GPVAE(VariationalSeparator):
         kernel: str = "rbf",
         jitter: float = 1e-2,
         init: str = "auto",
+        n_init: int = 1,
         posterior: str = "gp",
         beta: float = 0.1,
         warm: float = 10.0,
@@ -88,6 +90,7 @@ class GPVAE(VariationalSeparator):
         self.kernel = kernel
         self.jitter = jitter
         self.init = init
+        self.n_init = n_init
         self.posterior = posterior
         self.beta = beta
         self.warm = warm

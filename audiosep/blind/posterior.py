@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.optimize import minimize
-from scipy.signal.windows import tukey
 from torch import Tensor
 
 from audiosep.blind import gp, toeplitz
 
 Array = NDArray[np.float64]
 
-TAPER = 0.05  # share of the recording that is faded in and out before its spectrum is taken
+ROUNDS = 5  # of refining the mixing and fitting the processes anew
+SMALL_CHANGE, LARGE_CHANGE = 0.01, 0.1  # of the mixing in a round: the last one; one that asks for other kernels
 NOISE_THAT_COUNTS = 1e-3  # of a source's power: with less the mixing is left as the method found it
 
 
@@ -43,12 +43,18 @@ def gaussian_posterior(X: Array, mixing: Array, *, refine: bool = True, kernels:
     biased by it). Without noise, mean is the unmixed X.
     """
     noise, processes = noise_and_processes(X, mixing, kernels)
-    if refine and _counts(noise, mixing, processes):
-        mixing = refined_mixing(X, mixing, processes, noise)
-        noise, processes = noise_and_processes(X, mixing, kernels)
+    for done in range(ROUNDS if refine else 0):
+        if not _counts(noise, mixing, processes):
+            break
+        before, mixing = mixing, refined_mixing(X, mixing, processes, noise)
+        change = np.linalg.norm(mixing - before) / np.linalg.norm(mixing)
+        noise, processes = noise_and_processes(X, mixing, kernels, processes if done and change < LARGE_CHANGE else ())
+        if change < SMALL_CHANGE:
+            break
     mean, std = smooth(X, mixing, processes, noise)
     if _counts(noise, mixing, processes):
-        leaked = np.einsum("tk,jkl,tl->tj", mean, leakage(X, mixing, processes, noise), mean)
+        passed = _passed(mean, np.diag(_unmixed_noise(mixing, noise)), processes)
+        leaked = np.einsum("jtk,jkl,jtl->tj", passed, leakage(X, mixing, processes, noise), passed)
         std = np.sqrt(std**2 + leaked)
     return Posterior(mean, std, mixing, processes, noise)
 
@@ -63,26 +69,39 @@ def _unmixed_noise(mixing: Array, noise: float) -> Array:
     return np.asarray(noise * np.linalg.inv(mixing.T @ mixing), dtype=np.float64)
 
 
+def _passed(S: Array, noise: Array, processes: tuple[gp.Process, ...]) -> Array:
+    """What the smoothing of each source j leaves of source k in it, [j, t, k]: (n, T, n) of sources S (T, n)."""
+    passed = np.zeros((len(processes), *S.shape))
+    for j, process in enumerate(processes):
+        for k in range(len(processes)):
+            if k != j:
+                passed[j, :, k] = gp.smooth(S[:, k], replace(process, noise=noise[j]))[0]
+    return passed
+
+
 def _counts(noise: float, mixing: Array, processes: tuple[gp.Process, ...]) -> bool:
     shares = np.diag(_unmixed_noise(mixing, noise)) / [p.variance for p in processes]
     return bool(shares.max() > NOISE_THAT_COUNTS)
 
 
-def noise_and_processes(X: Array, mixing: Array, kernels: tuple[str, ...] = ()) -> tuple[float, tuple[gp.Process, ...]]:
-    """The noise variance per channel, and a process per source given it."""
+def noise_and_processes(
+    X: Array, mixing: Array, kernels: tuple[str, ...] = (), near: tuple[gp.Process, ...] = ()
+) -> tuple[float, tuple[gp.Process, ...]]:
+    """The noise variance per channel, and a process per source given it; near: processes to begin at, if any."""
     names = kernels or gp.DEFAULT_KERNELS
     Y = X @ np.linalg.pinv(mixing).T
     gains = np.diag(_unmixed_noise(mixing, 1.0))
-    free = [gp.fit(y, names) for y in Y.T]
+    starts = near or [None] * len(gains)
     samples, channels = X.shape
     spare = channels - mixing.shape[1]
     if spare > 0:
         noise = float(np.sum((X - Y @ mixing.T) ** 2)) / (samples * spare)
-    else:
-        # A source that is white itself can't be told from noise: the smoothest source bounds the noise of all.
-        noise = min(p.noise / gain for p, gain in zip(free, gains))
+        return noise, tuple(gp.fit(y, names, noise=noise * g, near=p) for y, g, p in zip(Y.T, gains, starts))
+    # A source that is white itself can't be told from noise: the smoothest source bounds the noise of all.
+    free = [gp.fit(y, names, near=p) for y, p in zip(Y.T, starts)]
+    noise = min(p.noise / gain for p, gain in zip(free, gains))
     return noise, tuple(
-        p if p.noise <= 1.05 * noise * gain else gp.fit(y, names, noise=noise * gain)
+        p if p.noise <= 1.05 * noise * gain else gp.fit(y, names, noise=noise * gain, near=p)
         for p, y, gain in zip(free, Y.T, gains)
     )
 
@@ -102,13 +121,9 @@ class _Spectra:
     noise: float
 
     @classmethod
-    def of(cls, X: Array, processes: tuple[gp.Process, ...], noise: float) -> _Spectra:
-        samples = len(X)
-        taper = tukey(samples, TAPER)
-        taper /= np.sqrt(np.mean(taper**2))
-        recording = np.fft.rfft(X * taper[:, None], axis=0) / np.sqrt(samples)
-        overlap = toeplitz.correlate(taper, taper) / samples
-        powers = np.stack([_expected_power(p.column(samples) * overlap) for p in processes], axis=1)
+    def of(cls, X: Array, processes: tuple[gp.Process, ...], noise: float, fade: float = gp.FADE) -> _Spectra:
+        recording = gp.tapered_spectrum(X, fade)
+        powers = np.stack([gp.expected_power(p.column(len(X)), fade) for p in processes], axis=1)
         weights = np.full(len(recording), 2.0)
         weights[0] = 1.0
         floor = max(noise, gp.NOISE_FLOOR * float(np.mean(X**2)))
@@ -128,7 +143,10 @@ class _Spectra:
 
 
 def refined_mixing(X: Array, mixing: Array, processes: tuple[gp.Process, ...], noise: float) -> Array:
-    """The mixing (m, n) of maximal likelihood for known processes and noise, from a first guess."""
+    """The mixing (m, n) of maximal likelihood for known processes and noise, from a first guess, at its column norms.
+
+    Few periods say little about a process's variance, so that the columns' scale would drift.
+    """
     spectra = _Spectra.of(X, processes, noise)
 
     def loss(values: Array) -> tuple[float, Array]:
@@ -139,7 +157,8 @@ def refined_mixing(X: Array, mixing: Array, processes: tuple[gp.Process, ...], n
         return float(nll.detach()), gradient.numpy().ravel()
 
     found = minimize(loss, mixing.ravel(), jac=True, method="L-BFGS-B", options={"maxiter": 100})
-    return found.x.reshape(mixing.shape)
+    refined = found.x.reshape(mixing.shape)
+    return refined * (np.linalg.norm(mixing, axis=0) / np.linalg.norm(refined, axis=0))
 
 
 def leakage(X: Array, mixing: Array, processes: tuple[gp.Process, ...], noise: float) -> Array:
@@ -148,7 +167,7 @@ def leakage(X: Array, mixing: Array, processes: tuple[gp.Process, ...], noise: f
     A mixing off by D leaves R = -pinv(A) D of source k in source j at [j, k]; the first axis is j. D has the inverse of
     the likelihood's curvature as covariance. A source's own scale, [j, j], is no leak.
     """
-    spectra = _Spectra.of(X, processes, noise)
+    spectra = _Spectra.of(X, processes, noise, fade=1.0)
     channels, sources = mixing.shape
 
     def loss(values: Tensor) -> Tensor:
@@ -172,12 +191,6 @@ def _positive_inverse(curvature: Array) -> Array:
     return (axes[:, kept] / values[kept]) @ axes[:, kept].T
 
 
-def _expected_power(column: Array) -> Array:
-    """Expected periodogram (T // 2 + 1,) of a process with these (tapered) autocovariances (T,)."""
-    both = np.r_[column[0], column[1:] + column[:0:-1]]
-    return np.maximum(np.fft.rfft(both).real, 1e-12 * column[0])
-
-
 def joint_smooth(Y: Array, noise: Array, processes: tuple[gp.Process, ...]) -> tuple[Array, Array]:
     """Posterior mean and standard deviation (T, n) of processes S given Y = S + white noise of covariance (n, n).
 
@@ -196,7 +209,7 @@ def joint_smooth(Y: Array, noise: Array, processes: tuple[gp.Process, ...]) -> t
         [gp.smooth(y, replace(p, noise=v))[1] for y, p, v in zip(Y.T, processes, np.diag(noise))],
         axis=1,
     )
-    spectra = np.maximum(_chan(columns), 0.0)  # (n, F)
+    spectra = np.stack([gp.expected_power(c, fade=1.0) for c in columns])  # (n, F)
     return mean, alone * _narrowing(spectra, noise, samples)
 
 

@@ -154,7 +154,7 @@ class StrADiff(LearnedSeparator):
         lambda_diff: float = 1000.0,
         lambda_kl: float = 1e-3,
         steps: int = 20,
-        hidden: int = 64,
+        hidden: int = 32,
         mlp_units: int = 32,
         draws: int = 64,
         snapshots: Sequence[int] = (),

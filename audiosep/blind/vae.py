@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -98,7 +99,11 @@ class LearnedSeparator(BlindSeparator):
 
     def _tell(self, done: int, loss: Tensor) -> None:
         if self.progress is not None:
-            self.progress(done, self.max_iter, f"loss {float(loss.detach()):.4g}")
+            self.progress(done, self._iterations(), f"loss {float(loss.detach()):.4g}")
+
+    def _iterations(self) -> int:
+        """Of all starts together."""
+        return self.max_iter
 
     def _starts(self) -> tuple[str, ...]:
         """What init="auto" compares. Priors that know spectra only have no use for FastICA's start."""
@@ -157,17 +162,44 @@ class LearnedSeparator(BlindSeparator):
             warn_unconverged(self, self.n_iter_, change, self.tol)
 
 
+@dataclass
+class _Fit:
+    """What is learned from one start, and how it went."""
+
+    encoder: Map
+    decoder: Map
+    prior: SourcePrior
+    log_q: nn.Parameter  # (n,)
+    init: str
+    beta: float
+    warm: float
+    elbo: float = float("nan")
+    curve: Array = field(default_factory=lambda: np.empty(0))
+    traces: dict[str, Array] = field(default_factory=dict)
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [self.log_q, *self.prior.parameters(), *self.encoder.parameters(), *self.decoder.parameters()]
+
+    def entropy(self, samples: int) -> Tensor:
+        """Of q over that many samples."""
+        return 0.5 * samples * (self.log_q + math.log(2 * math.pi * math.e)).sum()
+
+
 class VariationalSeparator(LearnedSeparator):
     """A separator that learns an encoder, a decoder and priors of the sources together. A subclass gives `_prior`."""
 
-    beta: float
-    warm: float
+    beta: float | None
+    warm: float | None
     learning_rate: float
     mlp_units: int
     block: int | None
+    n_init: int = 1  # a parameter of those whose elbo_ compares starts
+    fits_random_starts = True  # Is the prior first fitted to the sources of a random rotation, which are much alike?
 
     def _check_options(self) -> None:
         super()._check_options()
+        if self.n_init < 1:
+            raise UsageError(f"n_init is at least 1, got {self.n_init!r}")
         if self.block is not None and self.block < 2:
             raise UsageError(f"block is a number of samples or None, got {self.block!r}")
 
@@ -187,23 +219,45 @@ class VariationalSeparator(LearnedSeparator):
         whitening = whiten_safely(X, kept)
         Z = whitening(X)
         z = torch.from_numpy(Z).to(device)
-        prior, rotation = self._best_start(z, Z, rng)
-        with double_precision():
-            encoder = Map(rotation.to(device), self.mixing, self.mlp_units).to(device)
-            decoder = Map(rotation.T.to(device), self.mixing, self.mlp_units).to(device)
-        log_q = nn.Parameter(torch.full((sources,), math.log(0.05), dtype=torch.float64, device=device))
-        parameters = [log_q, *prior.parameters(), *encoder.parameters(), *decoder.parameters()]
-        self._optimise(z, encoder, decoder, prior, log_q, parameters)
-        self._finish(X, z, whitening, encoder, decoder, prior, log_q)
+        fits = [self._fit_from(start, z, Z, rng) for start in range(self.n_init)]
+        best = max(fits, key=lambda f: f.elbo)
+        self.elbo_, self.init_, self.loss_curve_, self.traces_ = best.elbo, best.init, best.curve, best.traces
+        self.n_iter_ = self.max_iter
+        self._check_convergence()
+        self._finish(X, z, whitening, best)
 
-    def _best_start(self, z: Tensor, Z: Array, rng: np.random.RandomState) -> tuple[SourcePrior, Tensor]:
-        """The starting rotation under which a prior fitted to its sources is likeliest, with that prior.
+    def _iterations(self) -> int:
+        return self.max_iter * self.n_init
+
+    def _fit_from(self, start: int, z: Tensor, Z: Array, rng: np.random.RandomState) -> _Fit:
+        prior, rotation, name = self._best_start(start, z, Z, rng)
+        beta, warm = self._levels()
+        with double_precision():
+            encoder = Map(rotation.to(z.device), self.mixing, self.mlp_units).to(z.device)
+            decoder = Map(rotation.T.to(z.device), self.mixing, self.mlp_units).to(z.device)
+        log_q = torch.full((self.n_sources_,), math.log(beta / 2), dtype=torch.float64, device=z.device)
+        fit = _Fit(encoder, decoder, prior, nn.Parameter(log_q), name, beta, warm)
+        self._optimise(z, fit, start)
+        fit.elbo = self._elbo(z, fit)
+        return fit
+
+    def _levels(self) -> tuple[float, float]:
+        """beta, and how many times it begins at."""
+        assert self.beta is not None
+        assert self.warm is not None
+        return self.beta, self.warm
+
+    def _best_start(
+        self, number: int, z: Tensor, Z: Array, rng: np.random.RandomState
+    ) -> tuple[SourcePrior, Tensor, str]:
+        """The prior that, fitted to the sources of a starting rotation, is likeliest; the rotation; its name.
 
         All rotations of white data have the same volume, so that the likelihoods compare.
         """
         best: tuple[float, str, SourcePrior, Tensor] | None = None
         seed = int(torch.randint(2**31, ()))
-        starts = self._rotations(Z[:, : self.n_sources_], rng)
+        white = Z[:, : self.n_sources_]
+        starts = {"random": _rotation("random", white, rng)} if number else self._rotations(white, rng)
         for name, rotation in starts.items():
             torch.manual_seed(seed)
             weight = torch.zeros(self.n_sources_, Z.shape[1], dtype=torch.float64)
@@ -213,50 +267,52 @@ class VariationalSeparator(LearnedSeparator):
             if isinstance(prior, nn.Module):
                 prior.to(z.device)
             s = (self._block(z) @ weight.to(z).T).T
-            prior.start_from(s)
-            likelihood = _fit_prior(prior, s)
+            likelihood = -math.inf
+            if name != "random" or self.fits_random_starts:
+                prior.start_from(s)
+                # Sharp priors would hold the bent sources of a linear start as they are.
+                if self.mixing == "linear" or len(starts) > 1:
+                    likelihood = _fit_prior(prior, s)
             if best is None or likelihood > best[0]:
                 best = likelihood, name, prior, weight
         assert best is not None
-        self.init_ = best[1]
-        return best[2], best[3]
+        return best[2], best[3], best[1]
 
-    def _optimise(
-        self, z: Tensor, encoder: Map, decoder: Map, prior: SourcePrior, log_q: Tensor, parameters: list[Any]
-    ) -> None:
-        rate = self.learning_rate * (0.3 if self.mixing == "mlp" else 1.0)
-        optimiser = torch.optim.Adam(parameters, lr=rate)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=rate, total_steps=self.max_iter + 1)
+    def _optimise(self, z: Tensor, fit: _Fit, start: int) -> None:
+        parameters = fit.parameters()
+        rates = [self.learning_rate, self.learning_rate * (0.3 if self.mixing == "mlp" else 1.0)]
+        nets = [*fit.encoder.parameters(), *fit.decoder.parameters()]
+        optimiser = torch.optim.Adam([{"params": [fit.log_q, *fit.prior.parameters()]}, {"params": nets}])
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=rates, total_steps=self.max_iter + 1)
         curve, traces = [], []
         for step in range(self.max_iter):
-            loss = self._loss(z, encoder, decoder, prior, log_q, self._beta_at(step))
+            loss = self._loss(z, fit, self._beta_at(step, fit))
             optimiser.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 10.0)
             optimiser.step()
             schedule.step()
             curve.append(loss.detach())
-            self._tell(step + 1, loss)
-            traces.append({k: v.detach().clone() for k, v in {**prior.learned(), "q_": log_q.exp()}.items()})
-        self.loss_curve_ = torch.stack(curve).cpu().numpy()
-        self.traces_ = {k: torch.stack([t[k] for t in traces]).cpu().numpy() for k in traces[0]}
-        self.n_iter_ = self.max_iter
-        self._check_convergence()
+            self._tell(start * self.max_iter + step + 1, loss)
+            learned = {**fit.prior.learned(), "q_": fit.log_q.exp()}
+            traces.append({k: v.detach().clone() for k, v in learned.items()})
+        fit.curve = torch.stack(curve).cpu().numpy()
+        fit.traces = {k: torch.stack([t[k] for t in traces]).cpu().numpy() for k in traces[0]}
 
-    def _beta_at(self, step: int) -> float:
+    def _beta_at(self, step: int, fit: _Fit) -> float:
         progress = min(1.0, 2 * step / self.max_iter)
-        return self.beta * self.warm ** (1 - progress)
+        return fit.beta * fit.warm ** (1 - progress)
 
-    def _loss(self, z: Tensor, encoder: Map, decoder: Map, prior: SourcePrior, log_q: Tensor, beta: float) -> Tensor:
+    def _loss(self, z: Tensor, fit: _Fit, beta: float) -> Tensor:
         """J of a stretch of z, over a draw and its mirror image about the mean: the noise of odd order cancels."""
         block = self._block(z)
-        mean = encoder(block)
-        noise = torch.randn_like(mean) * (0.5 * log_q).exp()
-        entropy = 0.5 * len(block) * (log_q + math.log(2 * math.pi * math.e)).sum()
+        mean = fit.encoder(block)
+        noise = torch.randn_like(mean) * (0.5 * fit.log_q).exp()
+        entropy = fit.entropy(len(block))
         losses = []
         for s in (mean + noise, mean - noise):
-            misfit = (block - decoder(s)).square().mean()
-            losses.append(misfit - beta / block.numel() * (entropy + prior.log_prob(s.T).sum()))
+            misfit = (block - fit.decoder(s)).square().mean()
+            losses.append(misfit - beta / block.numel() * (entropy + fit.prior.log_prob(s.T).sum()))
         return (losses[0] + losses[1]) / 2
 
     def _block(self, z: Tensor) -> Tensor:
@@ -267,45 +323,35 @@ class VariationalSeparator(LearnedSeparator):
         return z[begin : begin + self.block]
 
     @torch.no_grad()
-    def _finish(
-        self,
-        X: Array,
-        z: Tensor,
-        whitening: Whitening,
-        encoder: Map,
-        decoder: Map,
-        prior: SourcePrior,
-        log_q: Tensor,
-    ) -> None:
+    def _finish(self, X: Array, z: Tensor, whitening: Whitening, fit: _Fit) -> None:
         self.mean_ = whitening.mean
         self._whitening = whitening
-        self._encoder, self._decoder = encoder.cpu(), decoder.cpu()
+        self._encoder, self._decoder = fit.encoder.cpu(), fit.decoder.cpu()
         native = self._encoder(z.cpu()).numpy()
-        self.elbo_ = self._elbo(z.cpu(), prior, log_q.cpu())
         if self.mixing == "linear":
             mixing = whitening.inverse @ self._decoder.weight.numpy()
         else:
             mixing = np.linalg.lstsq(native - native.mean(0), X - self.mean_, rcond=None)[0].T
-        std = np.broadcast_to((0.5 * log_q).exp().cpu().numpy(), native.shape)
+        std = np.broadcast_to((0.5 * fit.log_q).exp().cpu().numpy(), native.shape)
         self._set_sources(X, native, std, mixing)
         order = torch.from_numpy(self._order)
-        for name, value in prior.learned().items():
+        for name, value in fit.prior.learned().items():
             setattr(self, name, value.detach().cpu()[order].numpy())
         self.traces_ = {name: trace[:, self._order] for name, trace in self.traces_.items()}
         if self.mixing == "linear":
             weight = self._encoder.weight.numpy()[self._order] / self._scale[:, None] * self._signs[:, None]
             self.components_ = weight @ whitening.matrix
 
-    def _elbo(self, z: Tensor, prior: SourcePrior, log_q: Tensor, draws: int = 8) -> float:
+    @torch.no_grad()
+    def _elbo(self, z: Tensor, fit: _Fit, draws: int = 8) -> float:
         """The evidence lower bound of the whitened recording, with observation noise of variance beta / 2, in nats."""
-        device = next(iter(prior.parameters())).device
         total = 0.0
+        mean = fit.encoder(z)
         for _ in range(draws):
-            s = self._encoder(z) + torch.randn(len(z), len(log_q), dtype=z.dtype) * (0.5 * log_q).exp()
-            misfit = (z - self._decoder(s)).square().sum() / self.beta + 0.5 * z.numel() * math.log(math.pi * self.beta)
-            total += float(prior.log_prob(s.T.to(device)).sum() - misfit)
-        entropy = 0.5 * len(z) * float((log_q + math.log(2 * math.pi * math.e)).sum())
-        return total / draws + entropy
+            s = mean + torch.randn_like(mean) * (0.5 * fit.log_q).exp()
+            misfit = (z - fit.decoder(s)).square().sum() / fit.beta + 0.5 * z.numel() * math.log(math.pi * fit.beta)
+            total += float(fit.prior.log_prob(s.T).sum() - misfit)
+        return total / draws + float(fit.entropy(len(z)))
 
     def transform(self, X: ArrayLike) -> Array:
         """The sources (n_samples, n_sources) of a recording that was mixed alike.

@@ -40,6 +40,7 @@ class State:
         x: (B, K, N) the state that was reached; the sources when step equals steps.
         denoised: (B, K, N) estimate of the clean sources at x_t.
         guidance: (B, K, N) what guidance added to the state, None where it acts through `denoised`.
+        gradient: (B, K, N) of the reconstruction loss with respect to x_t, where the sampler takes one.
     """
 
     step: int
@@ -49,6 +50,7 @@ class State:
     x: Tensor
     denoised: Tensor
     guidance: Tensor | None
+    gradient: Tensor | None = None
 
 
 class Noise:
@@ -143,7 +145,7 @@ class Sampler:
             if guidance is not None:
                 x = x + guidance
             before = answer
-            yield State(i + 1, len(self.times), t, x_t.detach(), x, answer, guidance)
+            yield State(i + 1, len(self.times), t, x_t.detach(), x, answer, guidance, x_t.grad)
 
     def start(self, y: Tensor, noise: Noise) -> Tensor:
         """The initial state (B, K, N) at the level of `t_init`."""
@@ -167,12 +169,13 @@ class Sampler:
 
     def advance(self, x_t: Tensor, answer: Tensor, i: int, noise: Noise) -> Tensor:
         """Step from level i to level i + 1 (B, K, N)."""
+        x, spread = self.mean(x_t, answer, i), self.spread(i)
+        return x + self.alphas[i + 1] * spread * noise(len(self.prior), x_t) if spread else x
+
+    def mean(self, x_t: Tensor, answer: Tensor, i: int) -> Tensor:
+        """The step without its noise (B, K, N)."""
         rho = self.ratios[i + 1] / self.ratios[i]
-        z = answer + rho ** (1 + self.eta) * (x_t / self.alphas[i] - answer)
-        spread = self.spread(i)
-        if spread:
-            z = z + spread * noise(len(self.prior), x_t)
-        return self.alphas[i + 1] * z
+        return self.alphas[i + 1] * (answer + rho ** (1 + self.eta) * (x_t / self.alphas[i] - answer))
 
     def spread(self, i: int) -> float:
         """Standard deviation of the noise that step i adds, relative to the clean signal."""

@@ -1,7 +1,8 @@
-"""Write a shipped checkpoint's model card: its scores, its training, its sources.
+"""Write a shipped checkpoint's model card: its training, its scores, its cost, its sources.
 
-Numbers come from files only: SCORES are what `audiosep evaluate ... --json` printed, TRAINING is the last line of the
-training log. Run: python recipes/open16k/card.py checkpoints/speech --training LOG.json --scores results/*.json
+Numbers come from files only: training from the checkpoint itself, scores from `summary.json` of
+`audiosep evaluate recipes/open16k/shipped.toml`, cost from `recipes/benchmark/results.jsonl`.
+Run: python recipes/open16k/card.py checkpoints/speech checkpoints/sound --scores recipes/open16k/results/summary.json
 """
 
 from __future__ import annotations
@@ -14,26 +15,39 @@ from typing import Any
 from audiosep import hub
 
 HERE = Path(__file__).parent
+BENCHMARK = HERE.parent / "benchmark/results.jsonl"
 LICENCE = "MIT for the weights; the recordings they were trained on keep their own licences, see Attribution"
+DESCRIPTION = "Trained on isolated recordings only, for source separation by posterior sampling. "
 
 
 def metric_row(summary: dict[str, Any]) -> dict[str, Any]:
     """One row of the card's table from an evaluation's summary."""
-    fixed, options = summary["si_sdr"], summary.get("options", {})
-    low, high = fixed["interval"]
+    fixed, best = summary["si_sdr"], summary["si_sdr_permuted"]
     return {
         "task": summary["task"],
+        "separator": summary["separator"],
         "mixtures": summary["count"],
-        "seed": summary["seed"],
-        "preset": options.get("preset", "default"),
-        "SI-SDR of the mixture, dB": summary["mixture_si_sdr"]["mean"],
         "SI-SDR, labels fixed, dB": fixed["mean"],
-        "95 % interval": f"{low:.2f} to {high:.2f}",
+        "95 %": "{:.2f} to {:.2f}".format(*fixed["interval"]),
         "median": fixed["median"],
-        "best permutation": summary["si_sdr_permuted"]["mean"],
-        "mean below 0 dB": f"{100 * summary['failure_rate']:.0f} %",
+        "SI-SDR, best order, dB": best["mean"],
+        "of the mixture, dB": summary["mixture_si_sdr"]["mean"],
+        "mean below 0 dB (best order)": f"{100 * summary['failure_rate_permuted']:.0f} %",
         "network evaluations": summary["evaluations"],
         "seconds per mixture": summary["seconds"],
+    }
+
+
+def cost_row(row: dict[str, Any]) -> dict[str, Any]:
+    """One row of the card's table from the benchmark."""
+    return {
+        "preset": row["preset"],
+        "device": row["device"],
+        "number format": row["dtype"],
+        "seconds of a step, 4 s of 2 sources": row["step_s"],
+        "network evaluations per source": row["evaluations_per_source"],
+        "real-time factor": row["real_time_factor"],
+        "peak memory, GiB": row["peak_gib"],
     }
 
 
@@ -47,26 +61,27 @@ def sources(kind: str) -> list[str]:
 
 
 def main() -> None:
-    """Rewrite the checkpoint with its card."""
+    """Rewrite checkpoints with their cards."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--training", type=Path, required=True)
-    parser.add_argument("--scores", type=Path, nargs="*", default=[])
+    parser.add_argument("checkpoints", type=Path, nargs="+")
+    parser.add_argument("--scores", type=Path, required=True)
     arguments = parser.parse_args()
-    prior = hub.load_prior(arguments.checkpoint)
-    summaries = [json.loads(path.read_text(encoding="utf-8")) for path in arguments.scores]
-    card = {
-        "title": f"audiosep/{arguments.checkpoint.name}: a small diffusion prior of {prior.kind}",
-        "description": "Trained on isolated recordings only, for source separation by posterior sampling. "
-        "A first checkpoint, trained for about an hour and a half on one CPU core: expect weak separation.",
-        "licence": LICENCE,
-        "licence_id": "mit",
-        "data": "open16k (recipes/open16k), train split: 16 kHz mono, windows of 4 s at -25..-20 dBFS RMS",
-        "training": json.loads(arguments.training.read_text(encoding="utf-8")),
-        "metrics": [metric_row(summary) for summary in summaries],
-        "attribution": sources(prior.kind),
-    }
-    print(hub.save_prior(prior, arguments.checkpoint, card))
+    summaries = json.loads(arguments.scores.read_text(encoding="utf-8"))["summaries"]
+    measured = [json.loads(line) for line in BENCHMARK.read_text(encoding="utf-8").splitlines()]
+    for folder in arguments.checkpoints:
+        prior, config = hub.load_prior(folder), hub.read_config(folder)
+        card = {
+            "title": f"audiosep/{folder.name}: a small diffusion prior of {prior.kind}",
+            "description": f"{DESCRIPTION}Trained on a shared CPU for a few hours: expect weak separation.",
+            "licence": LICENCE,
+            "licence_id": "mit",
+            "data": config["data"],
+            "training": config["training"],
+            "metrics": [metric_row(s) for s in summaries if prior.kind in s["task"] and s["evaluations"]],
+            "cost": [cost_row(row) for row in measured if row["network"] == "small"],
+            "attribution": sources(prior.kind),
+        }
+        print(hub.save_prior(prior, folder, card))
 
 
 if __name__ == "__main__":

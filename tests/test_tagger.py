@@ -1,0 +1,128 @@
+"""The tagger: what it is trained on, what it chooses, and a recording of known tones heard through `auto`."""
+
+import csv
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from audiosep import fit, hub
+from audiosep.backbones.triple_path_unet import TriplePathUNet
+from audiosep.data import MixtureDataset, read_manifest
+from audiosep.errors import UsageError
+from audiosep.prior import Prior
+from audiosep.schedules import ve
+from audiosep.separator import Separator
+from audiosep.tagger import TaggedMixtures, Tagger
+
+RATE = 16000
+TONES = {"Low": 300.0, "High": 3000.0}
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory):
+    """Two voices (noise in syllables) and two classes of tones, the same clips for training and validation."""
+    root = tmp_path_factory.mktemp("corpus")
+    rng, time = np.random.default_rng(0), np.arange(RATE) / RATE
+    rows = [["path", "split", "kind", "speaker_or_class", "duration_s", "group"]]
+    for split in ("train", "valid"):
+        for label, tone in TONES.items():
+            name = f"{split}-{label}.wav"
+            soundfile.write(root / name, 0.1 * np.sin(2 * np.pi * tone * time), RATE)
+            rows.append([name, split, "sound", label, 1.0, name])
+        for voice in ("ann", "bob"):
+            name = f"{split}-{voice}.wav"
+            soundfile.write(root / name, rng.normal(0, 0.1, RATE) * (np.sin(2 * np.pi * 4 * time) > 0), RATE)
+            rows.append([name, split, "speech", voice, 1.0, name])
+    with (root / "manifest.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    return root / "manifest.csv"
+
+
+def test_tags_of_mixtures(manifest):
+    tagger = Tagger(["High", "Low"])
+    items = read_manifest(manifest, split="train")
+    tasks = ("2speech", "1speech+1sound", "1sound")
+    datasets = [MixtureDataset(items, task, 4, 0, 1.0, classes=tagger.classes) for task in tasks]
+    mixtures = TaggedMixtures(datasets, tagger.labels)
+    assert tagger.labels == ("speech", "second speech", "High", "Low")
+    assert len(mixtures) == 12
+    for index in range(12):
+        known = datasets[index % 3][index // 3]
+        item = mixtures[index]
+        assert torch.equal(item["mixture"], known["mixture"])
+        heard = [label for label, tag in zip(tagger.labels, item["tags"]) if tag]
+        expected = {"2speech": ["speech", "second speech"], "1sound": known["names"]}
+        assert heard == expected.get(tasks[index % 3], ["speech", *known["names"][1:]])
+    with pytest.raises(IndexError):
+        mixtures[12]
+
+
+def test_choice():
+    tagger = Tagger(["Bell", "Dog", "Rain"], threshold=0.5)
+    everything = ["speech", "bell", "dog", "rain"]
+    assert tagger.choose([0.9, 0.2, 0.1, 0.8, 0.6], everything) == ["speech", "Dog", "Rain"]
+    assert tagger.choose([0.9, 0.7, 0.1, 0.8, 0.3], everything) == ["speech", "Dog", "speech"]
+    assert tagger.choose([0.1, 0.9, 0.6, 0.8, 0.3], everything) == ["Dog", "Bell"]  # no second voice without a first
+    assert tagger.choose([0.9, 0.0, 0.1, 0.2, 0.3], everything) == ["speech", "Rain"]  # two at least
+    assert tagger.choose([0.9, 0.9, 0.9, 0.9, 0.9], everything, most=3) == ["speech", "speech", "Bell"]
+    assert tagger.choose([0.9, 0.2, 0.1, 0.8, 0.6], ["bell", "rain"]) == ["Rain", "Bell"]
+    with pytest.raises(UsageError, match="name the sources"):
+        tagger.choose([0.9, 0.2, 0.1, 0.8, 0.6], ["bell"])
+
+
+def test_loudness_does_not_matter():
+    torch.manual_seed(0)
+    tagger = Tagger(["Bell"]).eval()
+    wave = torch.randn(2, RATE)
+    assert torch.allclose(tagger(wave), tagger(0.01 * wave), atol=1e-5)
+    assert tagger(0 * wave).isfinite().all()
+
+
+@pytest.fixture(scope="module")
+def trained(manifest, tmp_path_factory):
+    """A sound prior (untrained), and the tagger of a recipe, trained for a few seconds."""
+    root = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    small = {"width": 8, "depth": (1, 1, 1, 1, 1), "heads": 2, "condition_dim": 8, "squeeze": 2, "patch": (4, 4)}
+    for kind, classes in (("speech", ()), ("sound", ("High", "Low"))):
+        prior = Prior(TriplePathUNet(num_classes=len(classes), **small), ve(), classes=classes, kind=kind)
+        hub.save_prior(prior, root / kind, {})
+    tables = {
+        "tagger": {"of": str(root / "sound"), "width": 8, "tasks": ["1speech", "1speech+1sound", "2sound", "1sound"]},
+        "data": {"manifest": str(manifest), "segment": 1.0},
+        "train": {"max_steps": 60, "batch_size": 8, "learning_rate": 1e-2, "warmup": 5, "ema": 0.9, "probe_every": 60},
+        "probe": {"mixtures": 10},
+    }
+    fit.fit(tables, root / "tagger", device="cpu")
+    return root
+
+
+def test_a_recipe_becomes_a_tagger_that_is_right(trained):
+    config = hub.read_config(trained / "tagger")
+    assert [row["task"] for row in config["metrics"]] == ["1speech+1sound", "2sound"]
+    assert all(row["all sources named, none else"] >= 0.8 for row in config["metrics"])
+    tagger = hub.load_model(trained / "tagger")
+    assert 0 < tagger.threshold < 1
+    assert tagger.labels == ("speech", "second speech", "High", "Low")
+
+
+def test_auto_finds_what_is_there(trained, monkeypatch, tmp_path):
+    monkeypatch.setattr("audiosep.separator.TAGGER", str(trained / "tagger"))
+    models = [str(trained / kind) for kind in ("speech", "sound")]
+    separator = Separator.from_pretrained(models, "cpu", steps=1, samples=1, segment=1.0)
+    time = np.arange(3 * 44100) / 44100
+    wave = 0.1 * sum(np.sin(2 * np.pi * tone * time) for tone in TONES.values())
+    result = separator(np.stack([wave, wave]), 44100, "auto")
+    assert set(result.sources) == {"high", "low"}
+    heard = result.report["auto"]
+    assert set(heard["chosen"]) == {"High", "Low"}
+    assert heard["scores"]["Low"] > heard["threshold"] > heard["scores"]["speech"]
+    soundfile.write(tmp_path / "tones.wav", wave, 44100)
+    report = separator.separate_file(tmp_path / "tones.wav", tmp_path / "out", ["auto"])
+    assert report["auto"] == heard
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["high.wav", "low.wav"]
+    assert separator.source_names(["auto"]) == []
+    voices = Separator.from_pretrained(models[:1], "cpu", steps=1, samples=1)
+    assert voices.listen([wave[None]], 44100)[0] == ["speech", "speech"]
