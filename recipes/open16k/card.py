@@ -2,7 +2,7 @@
 
 Numbers come from files only: training from the checkpoint itself, scores from `summary.json` of
 `audiosep evaluate recipes/open16k/shipped.toml`, cost from `recipes/benchmark/results.jsonl`.
-Run: python recipes/open16k/card.py checkpoints/speech checkpoints/sound --scores recipes/open16k/results/summary.json
+Run: python recipes/open16k/card.py checkpoints/speech checkpoints/sound --scores recipes/open16k/results/*/summary.json
 """
 
 from __future__ import annotations
@@ -51,6 +51,15 @@ def cost_row(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def before(name: str) -> dict[str, Any]:
+    """What is known of the training that a checkpoint was started from."""
+    path = HERE / f"results/training-{name}.json"
+    if not path.exists():
+        return {}
+    facts = json.loads(path.read_text(encoding="utf-8"))
+    return {"steps before": facts["steps"], "noise levels before": facts["noise levels"]}
+
+
 def sources(kind: str) -> list[str]:
     """The corpus's repositories that hold recordings of a kind, from the table in this folder's README."""
     table = (HERE / "README.md").read_text(encoding="utf-8").split("## Sources")[1]
@@ -64,9 +73,10 @@ def main() -> None:
     """Rewrite checkpoints with their cards."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoints", type=Path, nargs="+")
-    parser.add_argument("--scores", type=Path, required=True)
+    parser.add_argument("--scores", type=Path, nargs="+", required=True)
     arguments = parser.parse_args()
-    summaries = json.loads(arguments.scores.read_text(encoding="utf-8"))["summaries"]
+    files = [json.loads(path.read_text(encoding="utf-8")) for path in arguments.scores]
+    summaries = [summary for file in files for summary in file["summaries"]]
     measured = [json.loads(line) for line in BENCHMARK.read_text(encoding="utf-8").splitlines()]
     for folder in arguments.checkpoints:
         prior, config = hub.load_prior(folder), hub.read_config(folder)
@@ -76,7 +86,7 @@ def main() -> None:
             "licence": LICENCE,
             "licence_id": "mit",
             "data": config["data"],
-            "training": config["training"],
+            "training": config["training"] | before(folder.name),
             "metrics": [metric_row(s) for s in summaries if prior.kind in s["task"] and s["evaluations"]],
             "cost": [cost_row(row) for row in measured if row["network"] == "small"],
             "attribution": sources(prior.kind),
