@@ -32,7 +32,7 @@ from audiosep.prior import Prior
 from audiosep.recipe import build, check_tables
 from audiosep.separator import Separator
 from audiosep.supervised.expert import Expert
-from audiosep.tagger import TaggedMixtures, Tagger
+from audiosep.tagger import COUNTS, TaggedMixtures, Tagger
 
 __all__ = ["ExpertProbe", "Probe", "build_expert", "build_prior", "draw", "fit", "run_folder"]
 
@@ -489,7 +489,8 @@ class ExpertProbe:
 class TaggerProbe:
     """How well a tagger names the sources of held-out mixtures, as `-s auto` does: two sources at least.
 
-    The threshold is the one that names most sets exactly on every second mixture; the others are scored with it.
+    The threshold is the one that calls most classes rightly, less the wrong ones, on every second mixture; the others
+    are scored with it.
 
     Args:
         mixtures: held-out mixtures of each task; 0 for none.
@@ -513,28 +514,44 @@ class TaggerProbe:
             return {}
         device = next(average.parameters()).device
         items = [self.mixtures[i] for i in range(len(self.mixtures))]
-        truth = [sorted(average.names(item["tags"].bool().tolist())) for item in items]
+        truth = [item["tags"].bool().tolist() for item in items]
         batches = torch.stack([item["mixture"] for item in items]).split(self.batch)
         scores = torch.cat([average(batch.to(device)).float().cpu() for batch in batches]).tolist()
-        allowed = ("speech", *average.classes)
-
-        def chosen(threshold: float) -> list[list[str]]:
-            average.threshold = threshold
-            return [sorted(average.choose(row, allowed)) for row in scores]
-
         # Mixtures of a task come every len(tasks)-th: the halves are of whole rounds.
         tuning = [i for i in range(len(items)) if i // len(self.tasks) % 2 == 0]
-        grid = [k / 20 for k in range(1, 20)]
-        tables = {threshold: chosen(threshold) for threshold in grid}
-        best = max(grid, key=lambda threshold: sum(tables[threshold][i] == truth[i] for i in tuning))
-        average.threshold = best
-        found = {"threshold": best}
+        grid = [k / 20 for k in range(2, 20)]
+
+        def gained(threshold: float) -> int:
+            """Classes called rightly less those called wrongly."""
+            found = [self.compare(average, scores[i], truth[i], threshold) for i in tuning]
+            return sum(right - wrong for _, right, wrong, _ in found)
+
+        average.threshold = max(grid, key=gained)
+        found = {"threshold": average.threshold}
         for k, task in enumerate(self.tasks):
             rest = [i for i in range(k, len(items), len(self.tasks)) if i not in tuning]
-            pairs = [(tables[best][i], truth[i]) for i in rest]
-            found[f"exact/{task}"] = sum(a == b for a, b in pairs) / len(pairs)
-            found[f"count/{task}"] = sum(len(a) == len(b) for a, b in pairs) / len(pairs)
+            compared = [self.compare(average, scores[i], truth[i], average.threshold) for i in rest]
+            number, right, wrong, sounds = (sum(column) for column in zip(*compared))
+            found[f"number/{task}"] = number / len(rest)
+            if sounds:
+                found[f"called/{task}"] = (right + wrong) / sounds
+                found[f"right/{task}"] = right / max(1, right + wrong)
         return found
+
+    @staticmethod
+    def compare(
+        tagger: Tagger, scores: Sequence[float], tags: Sequence[bool], threshold: float
+    ) -> tuple[bool, int, int, int]:
+        """Numbers of voices and sounds right; classes called rightly, wrongly; sounds there are."""
+        tagger.threshold = threshold
+        chosen = tagger.choose(scores, ("speech", "sound", *tagger.classes))
+        there = [label for label, tag in zip(tagger.labels, tags) if tag]
+        voices = sum(label in COUNTS["speech"] for label in there)
+        sounds = sum(label in COUNTS["sound"] for label in there)
+        called = [name for name in chosen if name not in COUNTS]
+        right = sum(name in there for name in called)
+        number = chosen.count("speech") == voices and len(chosen) == voices + sounds
+        return number, right, len(called) - right, sounds
 
     def last(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """What the log's last probe found."""
@@ -548,11 +565,12 @@ class TaggerProbe:
             {
                 "task": task,
                 "held-out mixtures": self.count,
-                "all sources named, none else": last[f"exact/{task}"],
-                "number of sources right": last[f"count/{task}"],
+                "numbers of voices and sounds right": last[f"number/{task}"],
+                "sounds called by a class": last.get(f"called/{task}", ""),
+                "rightly": last.get(f"right/{task}", ""),
             }
             for task in self.tasks
-            if f"exact/{task}" in last
+            if f"number/{task}" in last
         ]
 
 

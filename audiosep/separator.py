@@ -265,11 +265,10 @@ class Separator:
             sample_rate: in Hz.
 
         Returns:
-            The names found, best first, two at least; and for the report the tagger, and the highest scores of all
-            labels that the loaded priors know.
+            The names found, two at least; and for the report the tagger, and the highest of all its labels' scores.
         """
         tagger = hub.load_model(TAGGER, self.device)
-        allowed = [label for label in ("speech", *tagger.classes) if self._knows(label)]
+        allowed = [label for label in ("speech", "sound", *tagger.classes) if self._knows(label)]
         size = round(self.segment * sample_rate)
         scores = torch.zeros(len(tagger.labels))
         for number, (segment, _) in enumerate(cut(blocks, size, size)):
@@ -280,8 +279,7 @@ class Separator:
                 found = tagger(torch.from_numpy(low).float().to(self.device))[0].cpu()
             scores = torch.maximum(scores, found)
         names = tagger.choose(scores.tolist(), allowed)
-        known = [pair for pair in zip(tagger.labels, scores.tolist()) if tagger.is_allowed(pair[0], allowed)]
-        ranked = sorted(known, key=lambda pair: -pair[1])
+        ranked = sorted(zip(tagger.labels, scores.tolist()), key=lambda pair: -pair[1])
         table = {label: round(score, 4) for label, score in ranked[:REPORTED]}
         return names, {"tagger": tagger.origin, "threshold": tagger.threshold, "scores": table, "chosen": names}
 

@@ -1,4 +1,4 @@
-"""Which sources a mixture holds: a small network that hears classes of sound, and up to two voices.
+"""Which sources a mixture holds: a small network that hears how many voices and sounds, and which classes of sound.
 
 Log-mel energies of the mixture at unit RMS go through a stack of convolutions, each label's score is pooled over time
 by attention (Qiuqiang Kong et al., "PANNs: Large-Scale Pretrained Audio Neural Networks for Audio Pattern Recognition",
@@ -26,20 +26,22 @@ from audiosep.data import MixtureDataset
 from audiosep.errors import UsageError
 from audiosep.stft import stft
 
-__all__ = ["VOICES", "TaggedMixtures", "Tagger"]
+__all__ = ["COUNTS", "TaggedMixtures", "Tagger"]
 
-VOICES = ("speech", "second speech")  # labels beside the classes of sound
+# Labels beside the classes of sound: the first is there from one such source on, the second from two on, ...
+COUNTS = {"speech": ("speech", "second speech"), "sound": ("sound", "second sound", "third sound")}
+HEARD = 0.5  # score from which a voice or a sound is there
 
 
 class Tagger(nn.Module):
     """Scores (B, L) of labels for mixtures (B, N) of any level and length.
 
     Args:
-        classes: names of the classes of sound; the labels are `VOICES`, then these.
+        classes: names of the classes of sound; the labels are those of `COUNTS`, then these.
         sample_rate: in Hz.
         width: channels of the first convolution; they double three times.
         mels: bands of the spectrogram.
-        threshold: score from which a label counts as heard.
+        threshold: score from which a sound is called by its class.
     """
 
     n_fft, hop_length = 1024, 320
@@ -66,7 +68,7 @@ class Tagger(nn.Module):
     @property
     def labels(self) -> tuple[str, ...]:
         """What each score is of."""
-        return (*VOICES, *self.classes)
+        return (*COUNTS["speech"], *COUNTS["sound"], *self.classes)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -93,29 +95,33 @@ class Tagger(nn.Module):
         probability = self(batch["mixture"]).float().clamp(1e-6, 1 - 1e-6)
         return nn.functional.binary_cross_entropy(probability, batch["tags"], reduction="none").mean(-1)
 
-    def names(self, tags: Sequence[bool]) -> list[str]:
-        """The names of the sources that tags stand for, voices as "speech"."""
-        return [_public(label) for label, tag in zip(self.labels, tags) if tag]
+    def choose(self, scores: Sequence[float], allowed: Sequence[str]) -> list[str]:
+        """Names of the sources that are heard, two at least, from the scores (L,) of all labels.
 
-    def is_allowed(self, label: str, allowed: Sequence[str]) -> bool:
-        """Whether the source that a label stands for is among these names."""
-        return _public(label).casefold() in {name.casefold() for name in allowed}
+        A sound is called by its class where that is heard, too, otherwise "sound".
 
-    def choose(self, scores: Sequence[float], allowed: Sequence[str], most: int = 5) -> list[str]:
-        """The labels that are heard, best first, two at least and `most` at most, among `allowed`; voices as "speech".
+        Args:
+            scores: of every label.
+            allowed: names that may be given: "speech", "sound", classes.
 
         Raises:
-            UsageError: fewer than two labels are allowed.
+            UsageError: none of the names is one that the tagger knows.
         """
-        table = {label: score for label, score in zip(self.labels, scores) if self.is_allowed(label, allowed)}
-        if len(table) < 2:
-            raise UsageError("too few of the loaded priors' sounds are known to the tagger; name the sources")
-        # A second voice is there only with a first one.
-        if VOICES[1] in table:
-            table[VOICES[1]] = min(table[VOICES[0]], table[VOICES[1]])
-        ranked = sorted(table, key=lambda label: -table[label])
-        heard = [label for label in ranked if table[label] >= self.threshold][:most]
-        return [_public(label) for label in (heard if len(heard) >= 2 else ranked[:2])]
+        table, names = dict(zip(self.labels, scores)), {name.casefold() for name in allowed}
+        classes = [label for label in self.classes if label.casefold() in names]
+        ranked = [label for kind, labels in COUNTS.items() if kind in names for label in labels]
+        if classes and "sound" not in names:
+            ranked += COUNTS["sound"]
+        if not ranked:
+            raise UsageError("the tagger knows no sound of the loaded priors; name the sources")
+        for first, second in pairwise(ranked):  # a second one is there only with a first one
+            table[second] = min(table[second], table[first]) if second not in COUNTS else table[second]
+        heard = sorted(ranked, key=lambda label: -table[label])
+        heard = heard[: max(2, sum(table[label] >= HEARD for label in ranked))]
+        voices = sum(label in COUNTS["speech"] for label in heard)
+        best = sorted(classes, key=lambda label: -table[label])[: len(heard) - voices]
+        called = [label for label in best if table[label] >= self.threshold or "sound" not in names]
+        return ["speech"] * voices + called + ["sound"] * (len(heard) - voices - len(called))
 
 
 class TaggedMixtures(Dataset[dict[str, Tensor]]):
@@ -141,18 +147,14 @@ class TaggedMixtures(Dataset[dict[str, Tensor]]):
         return {"mixture": item["mixture"], "tags": self.tags(item["names"])}
 
     def tags(self, names: Sequence[str]) -> Tensor:
-        """(L,) ones for the names of a mixture's sources; a class that has no label is nowhere."""
+        """(L,) ones for the sources of a mixture, "speech" or a class each; a class that has no label is a sound."""
+        voices = list(names).count("speech")
+        heard = [*COUNTS["speech"][:voices], *COUNTS["sound"][: len(names) - voices], *names]
         tags = torch.zeros(len(self.index))
-        for k, name in enumerate(names):
-            label = VOICES[min(list(names[:k]).count("speech"), 1)] if name == "speech" else name
+        for label in heard:
             if label.casefold() in self.index:
                 tags[self.index[label.casefold()]] = 1.0
         return tags
-
-
-def _public(label: str) -> str:
-    """The source name that a label stands for."""
-    return "speech" if label in VOICES else label
 
 
 def _block(into: int, out: int) -> nn.Sequential:

@@ -46,30 +46,37 @@ def test_tags_of_mixtures(manifest):
     tasks = ("2speech", "1speech+1sound", "1sound")
     datasets = [MixtureDataset(items, task, 4, 0, 1.0, classes=tagger.classes) for task in tasks]
     mixtures = TaggedMixtures(datasets, tagger.labels)
-    assert tagger.labels == ("speech", "second speech", "High", "Low")
+    counts = ("speech", "second speech", "sound", "second sound", "third sound")
+    assert tagger.labels == (*counts, "High", "Low")
     assert len(mixtures) == 12
     for index in range(12):
         known = datasets[index % 3][index // 3]
         item = mixtures[index]
         assert torch.equal(item["mixture"], known["mixture"])
         heard = [label for label, tag in zip(tagger.labels, item["tags"]) if tag]
-        expected = {"2speech": ["speech", "second speech"], "1sound": known["names"]}
-        assert heard == expected.get(tasks[index % 3], ["speech", *known["names"][1:]])
+        expected = {"2speech": ["speech", "second speech"], "1sound": ["sound", *known["names"]]}
+        assert heard == expected.get(tasks[index % 3], ["speech", "sound", *known["names"][1:]])
     with pytest.raises(IndexError):
         mixtures[12]
 
 
 def test_choice():
-    tagger = Tagger(["Bell", "Dog", "Rain"], threshold=0.5)
-    everything = ["speech", "bell", "dog", "rain"]
-    assert tagger.choose([0.9, 0.2, 0.1, 0.8, 0.6], everything) == ["speech", "Dog", "Rain"]
-    assert tagger.choose([0.9, 0.7, 0.1, 0.8, 0.3], everything) == ["speech", "Dog", "speech"]
-    assert tagger.choose([0.1, 0.9, 0.6, 0.8, 0.3], everything) == ["Dog", "Bell"]  # no second voice without a first
-    assert tagger.choose([0.9, 0.0, 0.1, 0.2, 0.3], everything) == ["speech", "Rain"]  # two at least
-    assert tagger.choose([0.9, 0.9, 0.9, 0.9, 0.9], everything, most=3) == ["speech", "speech", "Bell"]
-    assert tagger.choose([0.9, 0.2, 0.1, 0.8, 0.6], ["bell", "rain"]) == ["Rain", "Bell"]
+    tagger = Tagger(["Bell", "Dog", "Rain"], threshold=0.4)
+    everything = ["speech", "sound", "bell", "dog", "rain"]
+
+    def choose(counts, classes, allowed=everything):
+        return tagger.choose([*counts, *classes], allowed)
+
+    assert choose([0.9, 0.2, 0.8, 0.3, 0.1], [0.1, 0.8, 0.6]) == ["speech", "Dog"]
+    assert choose([0.9, 0.2, 0.8, 0.7, 0.1], [0.1, 0.8, 0.3]) == ["speech", "Dog", "sound"]
+    assert choose([0.9, 0.7, 0.2, 0.1, 0.1], [0.1, 0.8, 0.3]) == ["speech", "speech"]
+    assert choose([0.1, 0.9, 0.9, 0.3, 0.1], [0.1, 0.8, 0.3]) == ["Dog", "sound"]  # no second voice without a first
+    assert choose([0.9, 0.0, 0.2, 0.1, 0.1], [0.1, 0.2, 0.3]) == ["speech", "sound"]  # two at least
+    assert choose([0.9, 0.9, 0.9, 0.9, 0.9], [0.5, 0.8, 0.1]) == ["speech", "speech", "Dog", "Bell", "sound"]
+    assert choose([0.9, 0.9, 0.9, 0.9, 0.1], [0.5, 0.8, 0.1], ["sound", "dog"]) == ["Dog", "sound"]
+    assert choose([0.9, 0.9, 0.9, 0.9, 0.1], [0.1, 0.2, 0.1], ["bell", "dog"]) == ["Dog", "Bell"]
     with pytest.raises(UsageError, match="name the sources"):
-        tagger.choose([0.9, 0.2, 0.1, 0.8, 0.6], ["bell"])
+        choose([0.9] * 5, [0.9] * 3, ["cat"])
 
 
 def test_loudness_does_not_matter():
@@ -102,10 +109,11 @@ def trained(manifest, tmp_path_factory):
 def test_a_recipe_becomes_a_tagger_that_is_right(trained):
     config = hub.read_config(trained / "tagger")
     assert [row["task"] for row in config["metrics"]] == ["1speech+1sound", "2sound"]
-    assert all(row["all sources named, none else"] >= 0.8 for row in config["metrics"])
+    assert all(row["numbers of voices and sounds right"] >= 0.8 for row in config["metrics"])
+    assert all(row["sounds called by a class"] >= 0.8 and row["rightly"] >= 0.8 for row in config["metrics"])
     tagger = hub.load_model(trained / "tagger")
     assert 0 < tagger.threshold < 1
-    assert tagger.labels == ("speech", "second speech", "High", "Low")
+    assert tagger.labels[-2:] == ("High", "Low")
 
 
 def test_auto_finds_what_is_there(trained, monkeypatch, tmp_path):
@@ -121,7 +129,8 @@ def test_auto_finds_what_is_there(trained, monkeypatch, tmp_path):
     assert heard["scores"]["Low"] > heard["threshold"] > heard["scores"]["speech"]
     soundfile.write(tmp_path / "tones.wav", wave, 44100)
     report = separator.separate_file(tmp_path / "tones.wav", tmp_path / "out", ["auto"])
-    assert report["auto"] == heard
+    assert set(report["auto"]["chosen"]) == set(heard["chosen"])
+    assert report["auto"]["scores"]["Low"] == pytest.approx(heard["scores"]["Low"], abs=1e-2)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["high.wav", "low.wav"]
     assert separator.source_names(["auto"]) == []
     voices = Separator.from_pretrained(models[:1], "cpu", steps=1, samples=1)
