@@ -168,24 +168,24 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
 
 
 def aims(rows: Iterable[dict[str, Any]]) -> str:
-    """Markdown: each aim, what was reached, and by which method; aims without rows are left out."""
+    """Markdown: each aim, what was reached, and by which of the methods that ran on all the seeds."""
     found = summary(rows)
     lines = ["| scenario | figure | of | aim | reached | by |  |", "|---|---|---|---|---|---|---|"]
     for scenario, what, methods, least, most in AIMS:
         name, which = what.rsplit(", ", 1)
-        values = {m: found[scenario][m][name] for m in methods if m in found.get(scenario, {})}
-        if not values or (which == "all" and len(values) < len(methods)):
-            continue
-        if which == "best":  # of those that ran on all the seeds
-            seeds = {m: found[scenario][m]["seeds"] for m in values}
-            values = {m: v for m, v in values.items() if seeds[m] == max(seeds.values())}
+        there = {m: found[scenario][m] for m in methods if m in found.get(scenario, {})}
+        seeds = max((row["seeds"] for row in there.values()), default=0)
+        values = {m: row[name] for m, row in there.items() if row["seeds"] == seeds}
         open_above = most in (1, np.inf)
+        aim = f"at least {least:g}" if open_above else f"{least:g} to {most:g}"
+        if not values:
+            lines.append(f"| {scenario} | {name} | {which} of 0 | {aim} |  |  | not run |")
+            continue
         misses = {m: least - v if open_above else max(least - v, v - most) for m, v in values.items()}
         by = min(misses, key=misses.__getitem__) if which == "best" else max(misses, key=misses.__getitem__)
         met = "met" if least <= values[by] <= most else "missed"
-        aim = f"at least {least:g}" if open_above else f"{least:g} to {most:g}"
         digits = 4 if name == "correlation" else 3
-        cells = [scenario, name, f"{which} of {len(methods)}", aim, f"{values[by]:.{digits}f}", by, met]
+        cells = [scenario, name, f"{which} of {len(values)}", aim, f"{values[by]:.{digits}f}", by, met]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
