@@ -1,5 +1,7 @@
 """Fast Gaussian processes against dense linear algebra, and posteriors against what was drawn from the prior."""
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,7 @@ from scipy.stats import multivariate_normal
 
 from audiosep.blind import gp, toeplitz
 from audiosep.blind.matching import coverage, mean_correlation
-from audiosep.blind.posterior import gaussian_posterior, joint_smooth
+from audiosep.blind.posterior import _Spectra, gaussian_posterior, joint_smooth, leakage
 from audiosep.errors import UsageError
 
 LAG = np.arange(200)
@@ -149,6 +151,26 @@ def test_posterior_of_a_noisy_mixture():
     assert before < 0.96
     assert mean_correlation(found.mean, S) > 0.98
     assert 0.9 < coverage(found.mean, found.std, S) < 0.99
+
+
+def test_curvature_of_the_mixings_likelihood_is_that_of_automatic_differentiation(monkeypatch):
+    monkeypatch.setattr("audiosep.blind.posterior.CURVATURE_NUMBERS", 100)  # several stretches
+    rng = np.random.default_rng(0)
+    X, mixing = rng.standard_normal((101, 3)), rng.standard_normal((3, 2))
+    processes = gp.Process("rbf", 8.0, 0.0, 1.0, 0.0), gp.Process("matern12", 3.0, 0.1, 2.0, 0.0)
+    spectra = _Spectra.of(X, processes, 0.3, 1.0)
+    exact = torch.autograd.functional.hessian(spectra.negative_log_likelihood, torch.from_numpy(mixing))
+    np.testing.assert_allclose(spectra.curvature(mixing), exact, rtol=1e-9, atol=1e-9)
+
+
+def test_leaks_of_many_channels_are_found_in_seconds():
+    rng = np.random.default_rng(0)
+    X, mixing = rng.standard_normal((5000, 16)), rng.standard_normal((16, 16))
+    processes = tuple(gp.Process("matern32", 2.0 + k, 0.0, 1.0, 0.0) for k in range(16))
+    start = time.process_time()
+    leaks = leakage(X, mixing, processes, 0.1)
+    assert time.process_time() - start < 10
+    assert (np.linalg.eigvalsh(leaks)[:, -1] > 0).all()
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])

@@ -22,6 +22,7 @@ Array = NDArray[np.float64]
 
 ROUNDS = 5  # of refining the mixing and fitting the processes anew
 SMALL_CHANGE, LARGE_CHANGE = 0.01, 0.1  # of the mixing in a round: the last one; one that asks for other kernels
+CURVATURE_NUMBERS = 2_000_000  # of covariances held at once
 NOISE_THAT_COUNTS = 1e-3  # of a source's power: with less the mixing is left as the method found it
 
 
@@ -141,6 +142,39 @@ class _Spectra:
         logdet = 2 * torch.diagonal(factor, dim1=-2, dim2=-1).log().sum(-1)
         return 0.5 * (self.weights * (logdet + white.square().sum((-2, -1)))).sum()
 
+    def curvature(self, mixing: Array) -> Array:
+        """Second derivatives (m, n, m, n) of the negative log-likelihood by the mixing A (m, n).
+
+        At a frequency with C the covariance and Q = C^-1, W = Q Re(x x^H) Q, G = Q A, H = A^T G, U = W A, V = A^T U:
+
+            d2/dA_ak dA_bl = [k = l] p_k (Q - W)_ab
+                             + p_k p_l (U_al G_bk + G_al U_bk - G_al G_bk + Q_ab (V - H)_kl + W_ab H_kl)
+
+        summed with the weights. In stretches of frequencies, as (F, m, m) of a long recording may not fit.
+        """
+        channels, sources = mixing.shape
+        total = np.zeros((sources, sources, channels, channels))  # k, l, a, b
+        stretch = max(1, CURVATURE_NUMBERS // channels**2)
+        for begin in range(0, len(self.weights), stretch):
+            part = slice(begin, begin + stretch)
+            x, powers = self.recording[part].numpy(), self.powers[part].numpy()
+            weights = self.weights[part].numpy()
+            Q = np.linalg.inv(np.einsum("mj,fj,kj->fmk", mixing, powers, mixing) + self.noise * np.eye(channels))
+            y = np.einsum("fmk,fk->fm", Q, x)
+            W = (y[:, :, None] * y[:, None].conj()).real
+            G, U = Q @ mixing, W @ mixing
+            H, V = mixing.T @ G, mixing.T @ U
+            pairs = weights[:, None, None] * powers[:, :, None] * powers[:, None]
+            diagonal = np.tensordot(weights[:, None] * powers, Q - W, (0, 0))  # (n, m, m)
+            total[np.arange(sources), np.arange(sources)] += diagonal
+            total += np.tensordot(pairs * (V - H), Q, (0, 0)) + np.tensordot(pairs * H, W, (0, 0))
+            # Products over one source at a channel and the other at the other: (F, m l), (F, m k).
+            p_G, p_U = powers[:, None] * G, powers[:, None] * U
+            crossed = np.tensordot(weights[:, None, None] * (p_U - p_G), p_G, (0, 0))  # a, l, b, k
+            crossed += np.tensordot(weights[:, None, None] * p_G, p_U, (0, 0))
+            total += crossed.transpose(3, 1, 0, 2)
+        return total.transpose(2, 0, 3, 1)
+
 
 def refined_mixing(X: Array, mixing: Array, processes: tuple[gp.Process, ...], noise: float) -> Array:
     """The mixing (m, n) of maximal likelihood for known processes and noise, from a first guess, at its column norms.
@@ -167,16 +201,9 @@ def leakage(X: Array, mixing: Array, processes: tuple[gp.Process, ...], noise: f
     A mixing off by D leaves R = -pinv(A) D of source k in source j at [j, k]; the first axis is j. D has the inverse of
     the likelihood's curvature as covariance. A source's own scale, [j, j], is no leak.
     """
-    spectra = _Spectra.of(X, processes, noise, fade=1.0)
     channels, sources = mixing.shape
-
-    def loss(values: Tensor) -> Tensor:
-        return spectra.negative_log_likelihood(values.reshape(channels, sources))
-
-    start = torch.from_numpy(mixing.ravel())
-    with torch.enable_grad():
-        curvature = torch.autograd.functional.hessian(loss, start, vectorize=True).numpy()
-    covariance = _positive_inverse(curvature).reshape(channels, sources, channels, sources)
+    curvature = _Spectra.of(X, processes, noise, fade=1.0).curvature(mixing)
+    covariance = _positive_inverse(curvature.reshape(mixing.size, -1)).reshape(channels, sources, channels, sources)
     unmixing = np.linalg.pinv(mixing)
     leaks = np.einsum("ja,akbl,jb->jkl", unmixing, covariance, unmixing)
     for j in range(sources):
