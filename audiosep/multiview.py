@@ -195,7 +195,7 @@ def learn(
                     samples[view.name], counts = draw(view, ask, plan, seed, samples[view.name])
                     facts |= {f"{key}/{view.name}": value for key, value in counts.items() if value}
             facts["seconds"] = round(time.monotonic() - start, 1)
-            result = Lap(number, lap, dict(priors), samples, facts)
+            result = Lap(number, lap, dict(priors), dict(samples), facts)
             state.keep(result, trained)
             yield result
 
@@ -346,6 +346,14 @@ def draw(
 
 
 def _draw_rows(view: View, priors: Sequence[Denoiser], plan: Plan, seed: int, index: Tensor, before: Tensor) -> Tensor:
+    known = before[index].isfinite().flatten(1).all(1)
+    if plan.method == "joint" and plan.again is not None and not known.all():
+        # What was left out of the last lap has nothing to go on from: it is drawn from noise alone.
+        drawn = torch.zeros_like(before[index], dtype=torch.float32)
+        for rows, how in ((known, plan), (~known, replace(plan, again=None))):
+            if rows.any():
+                drawn[rows] = _draw_rows(view, priors, how, _seed(seed, how.again), index[rows], before)
+        return drawn
     operator, y = view.operator.rows(index), view.y[index].float().to(plan.device)
     noise, x = OneNoise(seed, plan.device), before[index].nan_to_num(0.0).to(plan.device)
     if plan.method == "joint":
@@ -431,10 +439,12 @@ def fit(prior: Prior, rows: Tensor, plan: Plan, seed: int, folder: Path) -> floa
     if len(rows) == 0:
         raise AudiosepError("no recording is left to train on: all have diverged")
     if plan.fresh:
-        for module in prior.backbone.modules():
-            reset: Any = getattr(module, "reset_parameters", None)
-            if reset is not None:
-                reset()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            for module in prior.backbone.modules():
+                reset: Any = getattr(module, "reset_parameters", None)
+                if reset is not None:
+                    reset()
     shutil.rmtree(folder, ignore_errors=True)
     prior.requires_grad_(True)
     options = train.Options(

@@ -338,6 +338,29 @@ def test_what_diverges_is_drawn_again_then_left_out_and_counted():
         draw(few, [Diverges(prior, 9)], plan, 0, before[:2])
 
 
+def test_what_was_left_out_of_a_lap_is_drawn_from_noise_in_the_next():
+    known = gaussians()["a"]
+    one = contrastive(1)[0]
+    many = View("", ("a",), one.y.expand(4001, -1), Matrix(one.operator.matrix[0]), 0.5)
+    before = torch.full((4001, 1, N), torch.nan)
+    before[0] = posterior(many, {"a": known})[0]
+    plan = Plan(steps=64, sigma_min=1e-2, again=0.02)
+    x, _ = draw(many, [known.prior(ve(2, 1e-2, 10.0))], plan, 0, before)
+    exact = posterior(many, {"a": known}, torch.Generator().manual_seed(0))[:, 0].float()
+    found, wanted = torch.cov(x[1:, 0].T), torch.cov(exact.T)
+    assert (found - wanted).norm() / wanted.norm() < 0.1
+
+
+def test_laps_keep_their_own_samples_and_fresh_weights_come_from_the_seed(tmp_path):
+    views, sources, stages, plan = tiny(2, 5, fresh=True)
+    laps = list(learn(views, sources, stages, plan, tmp_path / "one"))
+    assert "view 2" not in laps[0].samples
+    assert not torch.equal(laps[0].samples["view 1"], laps[1].samples["view 1"])
+    torch.manual_seed(99)
+    *_, last = learn(views, sources, stages, plan, tmp_path / "two")
+    assert torch.equal(last.samples["view 2"], laps[-1].samples["view 2"])
+
+
 # Bad input
 
 
