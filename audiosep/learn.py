@@ -29,6 +29,7 @@ Recordings are cut into blocks, which are learned from as vectors.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ from torch import Tensor
 
 from audiosep import audio, hub, report
 from audiosep.errors import AudioError, UsageError
-from audiosep.multiview import Lap, Plan, indistinct, learn
+from audiosep.multiview import LOG, Lap, Plan, indistinct, learn
 from audiosep.multiview_start import Source, Stage, View
 from audiosep.operators import Mixing
 from audiosep.prior import Prior
@@ -110,17 +111,17 @@ def run(
     ]
     stages = stages_of(views, names, settings.laps)
     total = sum(stage.laps for stage in stages)
-    rows, warnings = [], [f"nothing tells {' and '.join(group)} apart" for group in indistinct(views)]
-    done = 0
+    warnings = [f"nothing tells {' and '.join(group)} apart" for group in indistinct(views)]
     for lap in learn(views, sources, stages, plan, out / "run"):
         done = sum(stage.laps for stage in stages[: lap.stage]) + lap.lap
-        rows.append({"stage": lap.stage, "lap": lap.lap, **lap.facts})
         if progress is not None:
             progress(done, total, f"lap {lap.lap} of {', '.join(stages[lap.stage].learn)}")
         if lap.lap:
             learned = [source for source in sources if source.name in stages[lap.stage].learn]
             for source in learned:
-                _save(source, out, views, rows[-1])
+                _save(source, out, views, {"stage": lap.stage, "lap": lap.lap, **lap.facts})
+    # The run's own log, since an earlier call may have done some of the laps.
+    rows = [json.loads(line) for line in (out / "run" / LOG).read_text().splitlines()]
     page = out / "report.html"
     _write_page(page, views, lap, rows, left_out, warnings, settings)
     return {

@@ -49,7 +49,7 @@ from audiosep.multiview_start import (
     fit_start,
     length_of,
 )
-from audiosep.operators import Only, Operator
+from audiosep.operators import Only, Operator, sizes
 from audiosep.prior import Denoiser, JointPrior, Prior
 from audiosep.samplers import OneNoise
 from audiosep.samplers.mmps_exact import ExactMomentMatching
@@ -195,7 +195,7 @@ def learn(
                     samples[view.name], counts = draw(view, ask, plan, seed, samples[view.name])
                     facts |= {f"{key}/{view.name}": value for key, value in counts.items() if value}
             facts["seconds"] = round(time.monotonic() - start, 1)
-            result = Lap(number, lap, dict(priors), samples, facts)
+            result = Lap(number, lap, dict(priors), dict(samples), facts)
             state.keep(result, trained)
             yield result
 
@@ -205,6 +205,10 @@ def check(views: Sequence[View], sources: Sequence[Source], stages: Sequence[Sta
     known = {source.name for source in sources}
     if not views:
         raise UsageError("there is no view to learn from")
+    names = [view.name for view in views]
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError(f"two views are called {name!r}; every view needs a name of its own")
     for view in views:
         if len(view.sources) != view.operator.n_sources:
             raise UsageError(
@@ -213,6 +217,11 @@ def check(views: Sequence[View], sources: Sequence[Source], stages: Sequence[Sta
         if not set(view.sources) <= known:
             raise UsageError(f"view {view.name!r} has {', '.join(sorted(set(view.sources) - known))}: no such source")
         noise = torch.as_tensor(view.noise)
+        if not _broadcasts(noise, view.y.shape[1:]):
+            raise UsageError(
+                f"view {view.name!r}: noise of shape {tuple(noise.shape)} does not fit recordings of shape "
+                f"{tuple(view.y.shape[1:])}"
+            )
         if not (noise > 0).all():
             raise UsageError(
                 f"view {view.name!r}: the noise has to be above 0 everywhere; where there is none, take a thousandth "
@@ -220,6 +229,11 @@ def check(views: Sequence[View], sources: Sequence[Source], stages: Sequence[Sta
             )
         if view.y.isinf().any():
             raise UsageError(f"view {view.name!r} holds infinite numbers; mark what was not observed as NaN")
+        for count in sizes(view.operator) - {len(view.y)}:
+            raise UsageError(
+                f"view {view.name!r} has {len(view.y)} recordings, its mixing is for {count}; give each its own, "
+                "or one for all without the first axis"
+            )
         try:
             one = torch.zeros_like(view.y[:1])
             fits = view.operator.rows(slice(0, 1))(view.operator.rows(slice(0, 1)).adjoint(one)).shape == one.shape
@@ -229,6 +243,8 @@ def check(views: Sequence[View], sources: Sequence[Source], stages: Sequence[Sta
             raise UsageError(
                 f"view {view.name!r}: the mixing does not give recordings of shape {tuple(view.y.shape[1:])}"
             )
+        if not view.operator.adjoint(torch.ones_like(view.y)).isfinite().all():
+            raise UsageError(f"view {view.name!r}: its mixing holds NaN or infinite numbers")
         _check_networks(view, [source for source in sources if source.name in view.sources])
     for source in sources:
         if not any(source.name in view.sources for view in views):
@@ -239,6 +255,13 @@ def check(views: Sequence[View], sources: Sequence[Source], stages: Sequence[Sta
         if lost or not set(stage.learn) <= held:
             what = f"no view {', '.join(sorted(lost))}" if lost else "its views lack a source that it learns"
             raise UsageError(f"stage that learns {', '.join(stage.learn)}: {what}")
+
+
+def _broadcasts(noise: Tensor, shape: torch.Size) -> bool:
+    try:
+        return torch.broadcast_shapes(noise.shape, shape) == shape
+    except RuntimeError:
+        return False
 
 
 def _check_networks(view: View, sources: Sequence[Source]) -> None:
@@ -346,6 +369,14 @@ def draw(
 
 
 def _draw_rows(view: View, priors: Sequence[Denoiser], plan: Plan, seed: int, index: Tensor, before: Tensor) -> Tensor:
+    known = before[index].isfinite().flatten(1).all(1)
+    if plan.method == "joint" and plan.again is not None and not known.all():
+        # What was left out of the last lap has nothing to go on from: it is drawn from noise alone.
+        drawn = torch.zeros_like(before[index], dtype=torch.float32)
+        for rows, how in ((known, plan), (~known, replace(plan, again=None))):
+            if rows.any():
+                drawn[rows] = _draw_rows(view, priors, how, _seed(seed, how.again), index[rows], before)
+        return drawn
     operator, y = view.operator.rows(index), view.y[index].float().to(plan.device)
     noise, x = OneNoise(seed, plan.device), before[index].nan_to_num(0.0).to(plan.device)
     if plan.method == "joint":
@@ -431,10 +462,12 @@ def fit(prior: Prior, rows: Tensor, plan: Plan, seed: int, folder: Path) -> floa
     if len(rows) == 0:
         raise AudiosepError("no recording is left to train on: all have diverged")
     if plan.fresh:
-        for module in prior.backbone.modules():
-            reset: Any = getattr(module, "reset_parameters", None)
-            if reset is not None:
-                reset()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            for module in prior.backbone.modules():
+                reset: Any = getattr(module, "reset_parameters", None)
+                if reset is not None:
+                    reset()
     shutil.rmtree(folder, ignore_errors=True)
     prior.requires_grad_(True)
     options = train.Options(
@@ -481,14 +514,19 @@ class _State:
         own = {key: value for key, value in vars(plan).items() if key != "device"}
         about = {
             "plan": own,
-            "learn": [stage.learn for stage in stages],
-            "views": {view.name: [*view.y.shape, round(float(view.y.nan_to_num(0.0).sum()), 3)] for view in views},
+            "stages": [(stage.learn, stage.views, stage.laps) for stage in stages],
+            "recordings": {view.name: [*view.y.shape, _fingerprint(view.y)] for view in views},
+            "mixing": {view.name: [view.sources, _fingerprint(_seen(view))] for view in views},
+            "noise": {view.name: _fingerprint(torch.as_tensor(view.noise)) for view in views},
             "sources": {s.name: [s.covariance, s.rank, s.centred, s.components] for s in sources},
+            "networks": {s.name: getattr(s.prior.backbone, "config", {}) for s in sources if s.prior is not None},
         }
-        about = json.loads(json.dumps(about))
+        about = json.loads(json.dumps(about, default=str))
         path = folder / "run.json"
-        if path.exists() and json.loads(path.read_text()) != about:
-            raise UsageError(f"{folder} holds a run with another plan or other recordings; choose another folder")
+        held = json.loads(path.read_text()) if path.exists() else about
+        other = [key for key in about if held.get(key) != about[key]]
+        if other:
+            raise UsageError(f"{folder} holds another run, with different {', '.join(other)}; choose another folder")
         path.write_text(json.dumps(about, indent=2) + "\n")
 
     def starts(self, views: Sequence[View], sources: Sequence[Source], stages: Sequence[Stage]) -> dict[str, Start]:
@@ -530,6 +568,19 @@ class _State:
             priors[name].eval().requires_grad_(False)
         samples = {k.removeprefix("samples/"): v for k, v in tensors.items() if k.startswith("samples/")}
         return Lap(facts["stage"], facts["lap"], {}, samples, facts["facts"])
+
+
+def _fingerprint(x: Tensor) -> str:
+    """Six digits that change with any of the numbers, but not with how a machine rounds."""
+    weights = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return f"{float((weights * x.nan_to_num(0.0).double().cpu()).sum()):.6g}"
+
+
+def _seen(view: View) -> Tensor:
+    """What a view's mixing makes of fixed sources."""
+    like = view.operator.adjoint(torch.zeros_like(view.y))
+    probe = torch.randn(like.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return view.operator(probe.to(like))
 
 
 def _write(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:

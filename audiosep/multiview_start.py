@@ -58,7 +58,7 @@ class View:
         missing = self.y.isnan()
         if not missing.any():
             return self
-        seen = Chain(self.operator, Mask((~missing).to(self.y.dtype)))
+        seen = Chain(self.operator, Mask((~missing).to(self.y.dtype), per_item=True))
         return replace(self, y=self.y.nan_to_num(0.0), operator=seen)
 
 

@@ -134,9 +134,9 @@ class Linear(Operator):
 
 
 class Mask:
-    """What is observed of each number, 1 or 0: `keep` is shaped like one item's observation, or (B, ...) like all."""
+    """What is observed of each number, 1 or 0: `keep` is like one item's observation, or with `per_item` (B, ...)."""
 
-    def __init__(self, keep: Tensor, per_item: bool = True) -> None:
+    def __init__(self, keep: Tensor, per_item: bool = False) -> None:
         self.keep, self.per_item = keep, per_item
 
     def __call__(self, y: Tensor) -> Tensor:
@@ -145,7 +145,7 @@ class Mask:
     adjoint = __call__
 
     def rows(self, index: Index) -> Mask:
-        return Mask(self.keep[index]) if self.per_item else self
+        return Mask(self.keep[index], True) if self.per_item else self
 
 
 class Decimation:
@@ -207,7 +207,7 @@ def dense(operator: Operator, length: int, dtype: torch.dtype = torch.float64) -
     if isinstance(operator, Matrix):
         matrix = operator.matrix.to(dtype)
         return matrix if matrix.ndim == 4 else matrix[None]
-    items = _items(operator)
+    items = max(sizes(operator), default=1)
     columns = []
     for k in range(operator.n_sources):
         for n in range(length):
@@ -217,9 +217,15 @@ def dense(operator: Operator, length: int, dtype: torch.dtype = torch.float64) -
     return torch.stack(columns, -1).unflatten(-1, (operator.n_sources, length)).movedim(2, 1)
 
 
-def _items(operator: Operator) -> int:
-    """B of a map that differs from item to item, else 1."""
+def sizes(operator: Operator) -> set[int]:
+    """B of everything in a map that differs from item to item; empty where all items share it."""
+    if isinstance(operator, Only):
+        return sizes(operator.operator)
     if isinstance(operator, Chain):
-        own = len(operator.then.keep) if isinstance(operator.then, Mask) and operator.then.per_item else 1
-        return max(own, _items(operator.first))
-    return len(operator.matrix) if isinstance(operator, Mixing) and operator.matrix.ndim == 3 else 1
+        own = {len(operator.then.keep)} if isinstance(operator.then, Mask) and operator.then.per_item else set()
+        return own | sizes(operator.first)
+    if (isinstance(operator, Mixing) and operator.matrix.ndim == 3) or (
+        isinstance(operator, Matrix) and operator.matrix.ndim == 4
+    ):
+        return {len(operator.matrix)}
+    return set()

@@ -37,7 +37,8 @@ def operators():
         "delay": Delay(torch.tensor([[0.0, 1.0], [2.5, -0.3]])),
         "convolution": Convolution(torch.randn(3, K, 5, dtype=torch.float64)),
         "linear": Linear(K, lambda x: x[:, 0] @ kernel.T, lambda w: torch.stack((w @ kernel, 0 * w), 1)),
-        "mask": Chain(Mixing(torch.randn(4, K, dtype=torch.float64)), Mask(keep)),
+        "mask": Chain(Mixing(torch.randn(4, K, dtype=torch.float64)), Mask(keep[0])),
+        "mask per item": Chain(Mixing(torch.randn(4, K, dtype=torch.float64)), Mask(keep, per_item=True)),
         "decimation": Chain(Convolution(torch.randn(2, K, 3, dtype=torch.float64)), Decimation(3, N)),
     }
 

@@ -1,6 +1,7 @@
 """Learning from views: exact expectation maximisation, what can be told apart, laps that resume, bad input."""
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -288,12 +289,30 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path):
         assert torch.equal(x, rest[-1].samples[name])
     rows = [json.loads(line) for line in (tmp_path / "parts" / "laps.jsonl").read_text().splitlines()]
     assert [(row["stage"], row["lap"]) for row in rows] == [(lap.stage, lap.lap) for lap in whole]
-    with pytest.raises(UsageError, match="another plan"):
+    with pytest.raises(UsageError, match="different plan;"):
         next(learn(*tiny(tau=0.2), tmp_path / "parts"))
     views, *rest = tiny()
     views[0].y[0] += 1
-    with pytest.raises(UsageError, match="other recordings"):
+    with pytest.raises(UsageError, match="different recordings;"):
         next(learn(views, *rest, tmp_path / "parts"))
+
+
+def test_a_folder_is_refused_when_mixing_noise_network_or_laps_have_changed(tmp_path):
+    views, sources, stages, plan = tiny(1, 2)
+    first = next(learn(views, sources, stages, plan, tmp_path))
+    assert (first.stage, first.lap) == (0, 0)
+    again = next(learn(views, sources, stages, plan, tmp_path))
+    assert torch.equal(again.samples["view 1"], first.samples["view 1"])
+    wide = Prior(MLP(N, width=48, depth=2), ve(50, 1e-2, 10.0), level=0.0, parameterization="edm")
+    other = Matrix(1.1 * views[1].operator.matrix)
+    for what, changed in {
+        "mixing": ([views[0], replace(views[1], operator=other)], sources, stages),
+        "noise": ([views[0], replace(views[1], noise=0.06)], sources, stages),
+        "networks": (views, [Source("a", wide), sources[1]], stages),
+        "stages": (views, sources, tiny(2)[2]),
+    }.items():
+        with pytest.raises(UsageError, match=f"different {what};"):
+            next(learn(*changed, plan, tmp_path))
 
 
 def test_laps_draw_what_explains_the_recordings(tmp_path):
@@ -338,6 +357,29 @@ def test_what_diverges_is_drawn_again_then_left_out_and_counted():
         draw(few, [Diverges(prior, 9)], plan, 0, before[:2])
 
 
+def test_what_was_left_out_of_a_lap_is_drawn_from_noise_in_the_next():
+    known = gaussians()["a"]
+    one = contrastive(1)[0]
+    many = View("", ("a",), one.y.expand(4001, -1), Matrix(one.operator.matrix[0]), 0.5)
+    before = torch.full((4001, 1, N), torch.nan)
+    before[0] = posterior(many, {"a": known})[0]
+    plan = Plan(steps=64, sigma_min=1e-2, again=0.02)
+    x, _ = draw(many, [known.prior(ve(2, 1e-2, 10.0))], plan, 0, before)
+    exact = posterior(many, {"a": known}, torch.Generator().manual_seed(0))[:, 0].float()
+    found, wanted = torch.cov(x[1:, 0].T), torch.cov(exact.T)
+    assert (found - wanted).norm() / wanted.norm() < 0.1
+
+
+def test_laps_keep_their_own_samples_and_fresh_weights_come_from_the_seed(tmp_path):
+    views, sources, stages, plan = tiny(2, 5, fresh=True)
+    laps = list(learn(views, sources, stages, plan, tmp_path / "one"))
+    assert "view 2" not in laps[0].samples
+    assert not torch.equal(laps[0].samples["view 1"], laps[1].samples["view 1"])
+    torch.manual_seed(99)
+    *_, last = learn(views, sources, stages, plan, tmp_path / "two")
+    assert torch.equal(last.samples["view 2"], laps[-1].samples["view 2"])
+
+
 # Bad input
 
 
@@ -351,6 +393,11 @@ def test_what_diverges_is_drawn_again_then_left_out_and_counted():
         ({"y": torch.zeros(4, 2)}, r"mixing does not give recordings of shape \(2,\)"),
         ({"operator": Matrix(torch.zeros(2, M, 7))}, "sources of 7 numbers, the network of 'a' takes 5"),
         ({"y": torch.full((4, 3), torch.inf)}, "infinite"),
+        ({"noise": torch.ones(2)}, r"noise of shape \(2,\) does not fit recordings of shape \(3,\)"),
+        ({"noise": torch.ones(4, 3)}, "noise of shape"),
+        ({"operator": Matrix(torch.ones(3, 2, M, N))}, "has 4 recordings, its mixing is for 3"),
+        ({"operator": Matrix(torch.ones(1, 2, M, N))}, "has 4 recordings, its mixing is for 1"),
+        ({"operator": Matrix(torch.full((2, M, N), torch.nan))}, "mixing holds NaN"),
     ],
 )
 def test_views_that_do_not_fit_are_refused(change, message):
@@ -366,6 +413,8 @@ def test_sources_and_stages_that_do_not_fit_are_refused():
         check(views[:1], [source("a"), source("b")], [])
     with pytest.raises(UsageError, match="lack a source"):
         check(views, [source("a"), source("b")], [Stage(("b",), ("view 1",), 1)])
+    with pytest.raises(UsageError, match="two views are called 'view 1'"):
+        check([views[0], *views], [source("a"), source("b")], [])
     with pytest.raises(UsageError, match="no view view 3"):
         check(views, [source("a"), source("b")], [Stage(("b",), ("view 3",), 1)])
     with pytest.raises(UsageError, match="covariance"):
