@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,6 +101,9 @@ def run(
         AudiosepError: training or sampling has failed for good.
     """
     check_tables(tables, TABLES)
+    for name, table in tables.get("sources", {}).items():
+        if not isinstance(table, Mapping):
+            raise UsageError(f"sources.{name} is a table, [sources.{name}], got {table!r}")
     out, settings = Path(out), build(Settings, tables.get("learn", {}), "learn")
     plan = build(Plan, {**PLAN, **tables.get("plan", {})}, "plan", device=device)
     names = list(tables.get("sources", {}))
@@ -148,8 +152,8 @@ def read_views(
     mixings: dict[str, tuple[tuple[str, ...], Tensor]] = {}
     left_out: dict[str, str] = {}
     for name, table in tables.items():
-        folder, gains = (table.get(key) for key in ("folder", "gains"))
-        if set(table) - {"folder", "gains"} or not isinstance(folder, str) or not isinstance(gains, dict) or not gains:
+        folder, gains = (table.get(key) for key in ("folder", "gains")) if isinstance(table, Mapping) else (None, None)
+        if not isinstance(folder, str) or not isinstance(gains, dict) or not gains or set(table) - {"folder", "gains"}:
             raise UsageError(
                 f"[views.{name}] takes folder, a path, and gains, as in gains = {{ {names[0]} = 1.0 }}: "
                 "how strongly each source is in its recordings has to be known"
@@ -157,16 +161,12 @@ def read_views(
         unknown = set(gains) - set(names)
         if unknown:
             raise UsageError(f"[views.{name}] has gains of {', '.join(sorted(unknown))}: no such source")
-        columns = [np.atleast_1d(np.asarray(gain, dtype=float)) for gain in gains.values()]
-        if any(column.ndim != 1 or len(column) != len(columns[0]) for column in columns):
-            raise UsageError(f"[views.{name}]: the sources' gains have different numbers of channels")
-        if not np.isfinite(columns).all():
-            raise UsageError(f"[views.{name}]: gains are finite numbers")
-        mixings[name] = (tuple(gains), torch.from_numpy(np.stack(columns, 1)))
-        found, bad = _read_folder(Path(folder), len(columns[0]), settings)
+        mixings[name] = (tuple(gains), torch.from_numpy(_matrix(name, gains)))
+        found, bad = _read_folder(Path(folder), len(mixings[name][1]), settings)
         left_out |= bad
         if not len(found):
-            raise UsageError(f"[views.{name}]: no recording in {folder} can be used" + "".join(f"; {b}" for b in bad))
+            reasons = "".join(f"; {path}: {reason}" for path, reason in bad.items())
+            raise UsageError(f"[views.{name}]: no recording in {folder} can be used{reasons}")
         blocks[name] = found
     power = {name: float(y.square().mean()) for name, y in blocks.items()}
     # One gain for all views, so that their sources keep their levels: the strongest view has that of its sources.
@@ -180,6 +180,24 @@ def read_views(
     for path, reason in left_out.items():
         log.warning("%s: left out: %s", path, reason)
     return views, left_out
+
+
+def _matrix(view: str, gains: Mapping[str, Any]) -> np.ndarray:
+    """A view's gains as a mixing matrix (C, K)."""
+    columns = []
+    for source, gain in gains.items():
+        values = gain if isinstance(gain, list) else [gain]
+        if not values or not all(type(value) in (int, float) and math.isfinite(value) for value in values):
+            raise UsageError(
+                f"[views.{view}]: gains are finite numbers, or lists with one per channel, got {source} = {gain!r}"
+            )
+        columns.append(values)
+    if len({len(values) for values in columns}) > 1:
+        raise UsageError(f"[views.{view}]: the sources' gains have different numbers of channels")
+    matrix = np.array(columns, dtype=float).T
+    if not matrix.any():
+        raise UsageError(f"[views.{view}]: all gains are 0, so nothing of its sources is in its recordings")
+    return matrix
 
 
 def _read_folder(folder: Path, channels: int, settings: Settings) -> tuple[Tensor, dict[str, str]]:

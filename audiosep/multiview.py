@@ -86,7 +86,8 @@ class Plan:
         tau: their size.
         sigma_min: least noise level.
         sigma_max: most.
-        again: a lap after the first starts from the last lap's sources in noise of this level; None: from noise alone.
+        again: a lap after the first starts from the last lap's sources in noise of this level, a third of their own
+            or less; None: from noise alone.
         iterations: of conjugate gradients, where more than 16 numbers are observed.
         rows: recordings that are drawn at a time.
         limit: a sample that is so many times beyond the sources' level has diverged.

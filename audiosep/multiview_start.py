@@ -85,6 +85,13 @@ class Source:
     def __post_init__(self) -> None:
         if self.covariance not in ("full", "low_rank", "stationary"):
             raise UsageError(f"covariance is 'full', 'low_rank' or 'stationary', got {self.covariance!r}")
+        if self.components < 1:
+            raise UsageError(f"components is at least 1, got {self.components}")
+        if self.components > 1 and self.covariance != "full":
+            raise UsageError(
+                f"components = {self.components} takes covariance 'full', got {self.covariance!r}; a source starts "
+                "either as several Gaussians or as one of a special kind"
+            )
 
 
 @dataclass(frozen=True)
@@ -143,8 +150,10 @@ def fit_gaussians(
     Returns:
         The Gaussians, and the mean log-likelihood of a recording by lap; it never falls.
     """
+    views = [view.masked() for view in views]
     if all(source.covariance == "stationary" and source.centred for source in sources) and all(
-        isinstance(view.operator, Mixing) and view.operator.matrix.ndim == 2 for view in views
+        isinstance(view.operator, Mixing) and view.operator.matrix.ndim == 2 and _is_steady(view.noise)
+        for view in views
     ):
         return _fit_spectra(views, sources, laps, tolerance)
     length = length_of(views[0])
@@ -227,6 +236,15 @@ def _solved(covariance: Tensor, left: Tensor) -> Tensor:
     return torch.linalg.solve(covariance, left[..., None])[..., 0]
 
 
+def _is_steady(noise: float | Tensor) -> bool:
+    return not isinstance(noise, Tensor) or noise.ndim == 0 or noise.shape[-1] == 1
+
+
+def _variances(view: View) -> Tensor:
+    """Of noise that does not change over time, in every channel, (C,)."""
+    return (torch.as_tensor(view.noise, dtype=torch.float64) ** 2).expand(view.y.shape[1], 1)[:, 0]
+
+
 def _fit_spectra(
     views: Sequence[View], sources: Sequence[Source], laps: int, tolerance: float
 ) -> tuple[dict[str, Gaussian], list[float]]:
@@ -250,7 +268,7 @@ def _fit_spectra(
         likelihood = 0.0
         for view, a, p in zip(views, matrices, power):
             own = torch.stack([spectra[name] for name in view.sources], 1)  # (F, K)
-            noise = (torch.as_tensor(view.noise, dtype=torch.float64) ** 2).expand(a.shape[0])
+            noise = _variances(view)
             covariance = (a * own[:, None]) @ a.mT + torch.diag(noise)
             gain = torch.linalg.solve(covariance, a * own[:, None]).mT  # (F, K, C)
             inverse = torch.linalg.inv(covariance)
@@ -281,9 +299,7 @@ def posterior(view: View, gaussians: Mapping[str, Gaussian], generator: torch.Ge
     if covariances[0].ndim == 1:
         a = view.operator.matrix.double()  # type: ignore[attr-defined]
         own = torch.stack(covariances, 1)
-        gain = torch.linalg.solve(
-            (a * own[:, None]) @ a.mT + torch.diag((noise**2).expand(len(a))), a * own[:, None]
-        ).mT
+        gain = torch.linalg.solve((a * own[:, None]) @ a.mT + torch.diag(_variances(view)), a * own[:, None]).mT
         x = torch.zeros(shape, dtype=torch.float64)
         if generator is not None:
             white = torch.fft.rfft(torch.randn(shape, generator=generator, dtype=torch.float64))
@@ -363,6 +379,7 @@ def fit_mixtures(
     The stages are gone through in turn; sources that a stage does not learn stay as they are. A stage's sources begin
     as one Gaussian and are cut in two until they have their number, with `laps` laps after each cut.
     """
+    views = [view.masked() for view in views]
     length = length_of(views[0])
     maps = {view.name: dense(view.operator, length) for view in views}
     wanted = {source.name: source.components for source in sources}

@@ -109,7 +109,12 @@ def test_recordings_that_can_not_be_used_are_named_and_left_out(folders, caplog)
         ({"folder": "alone", "gains": {}}, "has to be known"),
         ({"folder": "alone", "gains": {"dog": 1.0}}, "dog: no such source"),
         ({"folder": "alone", "gains": {"hum": [1.0, 0.5], "hiss": 1.0}}, "different numbers of channels"),
-        ({"folder": "alone", "gains": {"hum": [1.0, 0.5]}}, "no recording in .* can be used.*"),
+        ({"folder": "alone", "gains": {"hum": [1.0, 0.5]}}, "can be used; .*0.wav: it has 1 channels"),
+        ({"folder": "alone", "gains": {"hum": "loud"}}, "finite numbers.*hum = 'loud'"),
+        ({"folder": "alone", "gains": {"hum": [[1.0], [1.0, 0.5]]}}, "finite numbers"),
+        ({"folder": "alone", "gains": {"hum": []}}, "finite numbers"),
+        ({"folder": "alone", "gains": {"hum": True}}, "finite numbers"),
+        ({"folder": "alone", "gains": {"hum": 0.0}}, "all gains are 0"),
         ({"folder": "alone", "gains": {"hum": float("nan")}}, "finite"),
         ({"folder": "nowhere", "gains": {"hum": 1.0}}, "nowhere"),
     ],
@@ -118,6 +123,18 @@ def test_views_that_do_not_fit_are_refused(folders, view, message):
     view = {**view, "folder": str(folders / view["folder"])}
     with pytest.raises(UsageError, match=message):
         learn.read_views({"x": view}, ["hum", "hiss"], learn.Settings(RATE, 32))
+
+
+def test_tables_that_are_no_tables_are_refused(folders):
+    with pytest.raises(UsageError, match=r"\[views.x\] takes folder"):
+        learn.read_views({"x": 3}, ["hum"], learn.Settings(RATE, 32))
+    for changed, message in (
+        ({"views": 3}, "views"),
+        ({"sources": ["hum"]}, "sources"),
+        ({"sources": {"hum": 3, "hiss": {}}}, "sources.hum"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            learn.run({**tables(folders), **changed}, folders / "priors")
 
 
 def test_sources_are_learned_one_after_the_other_where_views_allow_it(folders):

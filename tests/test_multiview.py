@@ -114,6 +114,35 @@ def test_spectra_are_recovered_and_agree_with_the_dense_way():
         assert (bins - spectrum.covariance).norm() / bins.norm() < 0.01
 
 
+def test_noise_per_channel_is_the_same_number_written_out():
+    views, spectra = stationary(50, 16)
+    sources = [source(name, covariance="stationary", centred=True) for name in spectra]
+    per_channel = [replace(v, noise=torch.full((v.y.shape[1], 1), v.noise, dtype=torch.float64)) for v in views]
+    one, other = (fit_gaussians(each, sources, 5)[0] for each in (views, per_channel))
+    drawn = [posterior(v, found) for v, found in ((views[1], one), (per_channel[1], other))]
+    assert torch.allclose(drawn[0], drawn[1])
+    # Noise that is given for every moment takes the dense path, to the same spectra.
+    moments = [replace(v, noise=torch.full((16,), v.noise, dtype=torch.float64)) for v in views]
+    dense, _ = fit_gaussians(moments, sources, 5)
+    assert torch.allclose(
+        torch.fft.rfft(dense["a"].covariance[0]).real, fit_gaussians(views, sources, 5)[0]["a"].covariance, rtol=0.1
+    )
+
+
+def test_both_starts_leave_out_what_was_not_observed():
+    views, sources = contrastive(60), [source("a"), source("b")]
+    for view in views:
+        view.y[::3, 1] = torch.nan
+    masked = [view.masked() for view in views]
+    one, other = (fit_gaussians(each, sources, 5)[0] for each in (views, masked))
+    assert all(torch.equal(one[name].covariance, other[name].covariance) for name in one)
+    assert all(found.covariance.isfinite().all() for found in one.values())
+    stages = [Stage(("a", "b"), ("view 1", "view 2"), 1)]
+    first, second = (fit_mixtures(each, sources, stages, 2) for each in (views, masked))
+    assert all(torch.equal(first[name].means, second[name].means) for name in first)
+    assert all(found.means.isfinite().all() for found in first.values())
+
+
 def test_posterior_is_that_of_jointly_gaussian_numbers():
     known, view = gaussians(), contrastive(3)[1]
     big = torch.block_diag(*[g.covariance for g in known.values()])
@@ -419,6 +448,10 @@ def test_sources_and_stages_that_do_not_fit_are_refused():
         check(views, [source("a"), source("b")], [Stage(("b",), ("view 3",), 1)])
     with pytest.raises(UsageError, match="covariance"):
         source("a", covariance="diagonal")
+    with pytest.raises(UsageError, match="components = 2 takes covariance 'full', got 'stationary'"):
+        source("a", covariance="stationary", centred=True, components=2)
+    with pytest.raises(UsageError, match="at least 1, got 0"):
+        source("a", components=0)
     with pytest.raises(UsageError, match="gibs"):
         Plan(method="gibs")
 

@@ -22,6 +22,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -94,10 +95,10 @@ def by_mixtures(found: dict[str, Mixture], waves: Tensor) -> Tensor:
 
 def by_priors(priors: list[Denoiser], plan: Plan, waves: Tensor) -> Tensor:
     """Voices (S, T): the mean of a joint sample at every offset."""
-    total = torch.zeros_like(waves)
+    total, anew = torch.zeros_like(waves), replace(plan, again=None)  # nothing was drawn of held-out mixtures before
     for i, offset in enumerate(OFFSETS):
         mixed = view("test", NAMES, waves, offset)
-        x, _ = draw(mixed, priors, plan, i, torch.ones(len(mixed.y), 2, BLOCK))
+        x, _ = draw(mixed, priors, anew, i, torch.ones(len(mixed.y), 2, BLOCK))
         total += joined(x[:, 1].nan_to_num(0.0), waves, offset)
     return total / len(OFFSETS)
 
@@ -183,7 +184,7 @@ def main() -> None:
     test = test_voice + segments(items("test", "sound"), options.mixtures, rng)
     plan = Plan(
         steps=24, corrections=0, sigma_min=2e-2, sigma_max=20.0, iterations=4, rows=2048, max_steps=options.steps,
-        batch_size=256, start_laps=options.start_laps, again=1.0,
+        batch_size=256, start_laps=options.start_laps, again=0.3,
     )  # fmt: skip
     stages = [Stage((NAMES[0],), (NAMES[0],), options.laps), Stage((NAMES[1],), (NAMES[1],), options.laps)]
     views = {

@@ -21,15 +21,25 @@ def transport(x: Tensor, y: Tensor) -> float:
     return float(cost[linear_sum_assignment(cost)].mean())
 
 
+def apart(x: Tensor, y: Tensor, rows: int) -> tuple[Tensor, ...]:
+    """Four sets of at most `rows` rows, two of x and two of y, without rows that are NaN.
+
+    Row i of x may be an estimate of row i of y. So the first set of x is from its beginning and the first of y from its
+    end: they hold no such pair.
+    """
+    x, y = (s[s.isfinite().all(1)] for s in (x, y))
+    rows = min(rows, len(x) // 2, len(y) // 2)
+    return x[:rows], x[rows : 2 * rows], y[len(y) - rows :], y[len(y) - 2 * rows : len(y) - rows]
+
+
 def divergence(x: Tensor, y: Tensor, rows: int = 1024) -> float:
     """Optimal transport between two sets less that within each of them; about 0, and maybe below, for equal sets.
 
     The limit of the Sinkhorn divergence (Jean Feydy et al., 2019, https://arxiv.org/abs/1810.08278) for no
-    regularisation; all three transports are between halves of `rows` rows, so that their bias cancels.
+    regularisation; all three transports are between sets of `rows` rows without a pair among them, so that their
+    bias cancels.
     """
-    x, y = (s[s.isfinite().all(1)] for s in (x, y))
-    rows = min(rows, len(x) // 2, len(y) // 2)
-    (a, b), (c, d) = ((s[:rows], s[rows : 2 * rows]) for s in (x, y))
+    a, b, c, d = apart(x, y, rows)
     return transport(a, c) - 0.5 * transport(a, b) - 0.5 * transport(c, d)
 
 
@@ -41,7 +51,7 @@ def pqmass(x: Tensor, y: Tensor, regions: int = 100, repeats: int = 200, rows: i
     https://arxiv.org/abs/2402.04355.
     """
     generator = torch.Generator().manual_seed(seed)
-    x, y = (s[s.isfinite().all(1)][: rows + regions].double() for s in (x, y))
+    x, _, y, _ = (s.double() for s in apart(x, y, rows + regions))
     values = []
     for _ in range(repeats):
         orders = [torch.randperm(len(s), generator=generator) for s in (x, y)]
