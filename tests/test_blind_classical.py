@@ -137,7 +137,7 @@ def test_pipelines_and_pickles():
         (lambda X: np.c_[X, np.ones(len(X))], "channel 3 is constant"),
         (lambda X: np.c_[X, -2 * X[:, 1] + 1], "channels 1 and 3 carry the same signal"),
         (lambda X: np.where(np.arange(len(X))[:, None] == 7, np.nan, X), "sample 7 of channel 0"),
-        (lambda X: X + 1j, "Complex data not supported"),
+        (lambda X: X + 1j, "Complex data not supported: take real parts"),
         (lambda X: X[:, 0], "Reshape your data"),
     ],
 )
@@ -145,6 +145,14 @@ def test_pipelines_and_pickles():
 def test_a_bad_recording_is_named(estimator, spoil, message):
     with pytest.raises(RecordingError, match=message):
         clone(estimator).fit(spoil(coloured(1000) @ MIXING.T))
+
+
+def test_the_units_of_the_channels_do_not_matter():
+    X = coloured() @ MIXING.T
+    for n in (3, None):
+        found = SOBI(n).fit(X * [1, 1e-7, 1e3])
+        assert mean_correlation(found.sources_, coloured()) > 0.99
+    assert estimate_n_sources(np.c_[X[:, :2], 1e-7 * (X[:, :2] @ [1, 1])]) == 2
 
 
 def test_integers_are_taken():

@@ -22,7 +22,7 @@ from audiosep.errors import AudiosepError, UsageError
 
 Array = NDArray[np.float64]
 
-# Eigenvalues of the covariance below this share of the largest are rounding.
+# Eigenvalues of the channels' correlation matrix below this share of the largest are rounding.
 RANK_TOLERANCE = 1e-12
 
 
@@ -57,6 +57,14 @@ def whiten(X: Array, n: int) -> Whitening:
     return Whitening(mean, axes[:n] / kept, (axes[:n] * kept).T, noise)
 
 
+def rank(X: Array) -> int:
+    """How many independent signals the channels of X (T, m) are mixtures of, whatever the channels' units."""
+    centred = X - X.mean(0)
+    spread = centred.std(0)
+    power = np.linalg.svd(centred / np.where(spread > 0, spread, 1.0), compute_uv=False) ** 2
+    return int((power > RANK_TOLERANCE * power[0]).sum())
+
+
 def estimate_n_sources(X: Array) -> int:
     """The number of sources in X (T, m), the rest being white Gaussian noise of equal power everywhere.
 
@@ -67,9 +75,9 @@ def estimate_n_sources(X: Array) -> int:
     samples, channels = X.shape
     axes, singular, _ = np.linalg.svd(X - X.mean(0), full_matrices=False)
     power = singular**2 / samples
-    rank = int((power > RANK_TOLERANCE * power[0]).sum())
-    if rank < channels:  # fewer sources than channels and no noise
-        return rank
+    independent = rank(X)
+    if independent < channels:  # fewer sources than channels and no noise
+        return independent
     lengths = []
     for k in range(channels):
         tail = power[k:]
@@ -146,7 +154,10 @@ class BlindSeparator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
                 ensure_min_samples=2 if reset else 1,
             )
         except ValueError as error:
-            raise RecordingError(str(error)) from error
+            text = " ".join(str(error).split())
+            if text.startswith("Complex data not supported"):  # followed by all the numbers
+                text = "Complex data not supported: take real parts or magnitudes first"
+            raise RecordingError(text) from error
         _check_finite(recording)
         if reset:
             _check_channels(recording)
@@ -164,11 +175,11 @@ class BlindSeparator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
                 f"n_sources={self.n_sources}, but the recording has {channels} channels: "
                 "at most as many sources as channels can be separated"
             )
-        power = np.linalg.svd(X - X.mean(0), compute_uv=False) ** 2
-        rank = int((power > RANK_TOLERANCE * power[0]).sum())
-        if self.n_sources > rank:
+        independent = rank(X)
+        if self.n_sources > independent:
             raise RecordingError(
-                f"the {channels} channels are mixtures of only {rank} independent signals: n_sources is at most {rank}"
+                f"the {channels} channels are mixtures of only {independent} independent signals: "
+                f"n_sources is at most {independent}"
             )
         return int(self.n_sources)
 

@@ -23,7 +23,16 @@ from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
 from audiosep.blind import posterior
-from audiosep.blind.base import Array, BlindSeparator, Whitening, choose, order_and_signs, warn_unconverged, whiten
+from audiosep.blind.base import (
+    Array,
+    BlindSeparator,
+    Whitening,
+    choose,
+    order_and_signs,
+    rank,
+    warn_unconverged,
+    whiten,
+)
 from audiosep.blind.classical import SOBI, FastICA
 from audiosep.errors import UsageError
 
@@ -389,8 +398,7 @@ def _rotation(name: str, Z: Array, rng: np.random.RandomState) -> Array:
 
 def whiten_safely(X: Array, kept: int) -> Whitening:
     """Without the directions in which the recording is flat: they hold nothing to reconstruct."""
-    power = np.linalg.svd(X - X.mean(0), compute_uv=False) ** 2
-    return whiten(X, min(kept, int((power > 1e-12 * power[0]).sum())))
+    return whiten(X, min(kept, rank(X)))
 
 
 def _fit_prior(prior: SourcePrior, s: Tensor) -> float:
