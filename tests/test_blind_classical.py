@@ -169,6 +169,29 @@ def test_more_sources_than_channels_are_refused():
         SOBI(0).fit(coloured())
 
 
+@pytest.mark.parametrize(
+    ("estimator", "message"),
+    [
+        (SOBI(lags="abc"), "lags are whole numbers or None, got 'abc'"),
+        (SOBI(lags=[1.5]), r"lags are whole numbers or None, got \[1.5\]"),
+        (SOBI(lags=0), "lags lie between 1 and"),
+        (SOBI(max_iter="abc"), "max_iter is a whole number above 0, got 'abc'"),
+        (JADE(tol="x"), "tol is a number of at least 0, got 'x'"),
+        (AMUSE(lag=1.5), "lag is a whole number above 0, got 1.5"),
+        (FastICA(fun="sin"), "fun is logcosh, exp or cube, got 'sin'"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else type(v).__name__,
+)
+def test_wrong_options_are_named(estimator, message):
+    with pytest.raises(UsageError, match=message):
+        estimator.fit(coloured() @ MIXING.T)
+
+
+def test_sources_to_mix_have_a_column_each():
+    with pytest.raises(UsageError, match=r"sources have shape \(n_samples, 3\), got \(5, 2\)"):
+        SOBI(3).fit(coloured() @ MIXING.T).inverse_transform(np.zeros((5, 2)))
+
+
 def test_what_did_not_converge_says_so():
     with pytest.warns(ConvergenceWarning, match="did not converge in 1 iterations: the last change was"):
         SOBI(3, lags=10, max_iter=1).fit(coloured() @ MIXING.T)

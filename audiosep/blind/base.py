@@ -7,6 +7,7 @@ entry of each column of mixing_ (m, n) is positive.
 
 from __future__ import annotations
 
+import numbers
 import warnings
 from dataclasses import dataclass
 from typing import Any, Self
@@ -125,7 +126,7 @@ class BlindSeparator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
     def inverse_transform(self, sources: ArrayLike) -> Array:
         """The recording (n_samples, n_channels) that these sources mix to."""
         check_is_fitted(self)
-        return np.asarray(sources, dtype=np.float64) @ self.mixing_.T + self.mean_
+        return self._checked_sources(sources) @ self.mixing_.T + self.mean_
 
     def _separate(self, X: Array, rng: np.random.RandomState) -> None:
         """Set what is learned from the checked recording X (T, m); n_sources_ is set."""
@@ -163,6 +164,13 @@ class BlindSeparator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
             _check_channels(recording)
         return recording
 
+    def _checked_sources(self, sources: ArrayLike) -> Array:
+        """sources as float64 (T, n), or a UsageError."""
+        given = np.asarray(sources, dtype=np.float64)
+        if given.ndim != 2 or given.shape[1] != self.n_sources_:
+            raise UsageError(f"sources have shape (n_samples, {self.n_sources_}), got {given.shape}")
+        return given
+
     def _count(self, X: Array) -> int:
         """The number of sources: as asked for, or estimated."""
         channels = X.shape[1]
@@ -194,7 +202,12 @@ class LinearSeparator(BlindSeparator):
     tol: float
     max_iter: int
 
+    def _check_options(self) -> None:
+        positive("max_iter", self.max_iter, whole=True)
+        positive("tol", self.tol, zero=True)
+
     def _separate(self, X: Array, rng: np.random.RandomState) -> None:
+        self._check_options()
         whitening = whiten(X, self.n_sources_)
         self._set_linear(whitening, self._rotation(whitening(X), rng), X)
 
@@ -222,6 +235,14 @@ def choose(name: str, value: Any, allowed: tuple[str, ...]) -> str:
     if value not in allowed:
         raise UsageError(f"{name} is {', '.join(allowed[:-1])} or {allowed[-1]}, got {value!r}")
     return str(value)
+
+
+def positive(name: str, value: Any, *, whole: bool = False, zero: bool = False) -> None:
+    """A UsageError unless the value of an option is a number above 0, or a whole number, or (with zero) 0."""
+    least = "of at least 0" if zero else "above 0"
+    number = isinstance(value, numbers.Integral if whole else numbers.Real) and not isinstance(value, bool)
+    if not number or not np.isfinite(value) or value < 0 or (value == 0 and not zero):
+        raise UsageError(f"{name} is a {'whole ' if whole else ''}number {least}, got {value!r}")
 
 
 def warn_unconverged(estimator: object, iterations: int, change: float, tol: float) -> None:

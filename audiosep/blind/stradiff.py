@@ -25,8 +25,8 @@ from numpy.typing import ArrayLike
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
-from audiosep.blind import posterior
-from audiosep.blind.base import Array
+from audiosep.blind import gp, posterior
+from audiosep.blind.base import Array, choose, positive
 from audiosep.blind.gp_vae import GPPrior
 from audiosep.blind.vae import LearnedSeparator, Map, double_precision, whiten_safely
 
@@ -109,7 +109,8 @@ class StrADiff(LearnedSeparator):
     posterior: "gp" or "native"
         What sources_ and sources_std_ are: the posterior under Gaussian processes fitted to the sources, or the mean
         and deviation over draws of the diffusion's start (which is no measure of the error).
-    kernel, jitter: the prior's kernel, and the white part xi of its unit variance (eq. 18).
+    kernel: "rbf", "matern12", "matern32" or "matern52"
+    jitter: the white part xi of its unit variance (eq. 18).
     noise: float or None
         nu; None takes the noise found in the start's sources, and at least 0.002.
     lambda_prior, lambda_diff, lambda_kl: float
@@ -185,6 +186,16 @@ class StrADiff(LearnedSeparator):
         self.random_state = random_state
         self.device = device
 
+    def _check_options(self) -> None:
+        super()._check_options()
+        choose("kernel", self.kernel, tuple(gp.ENVELOPES))
+        for name in ("steps", "hidden", "draws"):
+            positive(name, getattr(self, name), whole=True)
+        for name in ("jitter", "lambda_prior", "lambda_diff", "lambda_kl"):
+            positive(name, getattr(self, name), zero=True)
+        if self.noise is not None:
+            positive("noise", self.noise)
+
     def fit_transform(self, X: ArrayLike, y: None = None) -> Array:
         """Fit, and return sources_; transform(X) would fit the native latents once more."""
         return self.fit(X).sources_
@@ -206,7 +217,7 @@ class StrADiff(LearnedSeparator):
         check_is_fitted(self)
         if self.mixing == "linear":
             return super().inverse_transform(sources)
-        native = (np.asarray(sources, dtype=np.float64) * self._signs * self._scale)[:, np.argsort(self._order)]
+        native = (self._checked_sources(sources) * self._signs * self._scale)[:, np.argsort(self._order)]
         with torch.no_grad():
             white = self._decoder(torch.from_numpy(native)).numpy()
         return white @ self._whitening.inverse.T + self.mean_
