@@ -179,6 +179,13 @@ def test_new_recordings_are_separated_alike():
     assert mean_correlation(native.transform(X[400:]), S[400:]) > 0.99
 
 
+def test_new_recordings_are_refitted_under_the_noise_of_the_fit():
+    X = waves() @ MIXING.T
+    X += 0.4 * np.random.default_rng(0).standard_normal(X.shape)
+    found = quick(StrADiff(), posterior="native").fit(X)
+    assert mean_correlation(found.transform(X), found.sources_) > 0.99
+
+
 def test_student_t_separates_white_heavy_tails():
     S = np.random.default_rng(0).laplace(size=(1500, 2))
     X = S @ MIXING.T

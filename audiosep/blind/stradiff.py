@@ -245,9 +245,9 @@ class StrADiff(LearnedSeparator):
         networks = NoiseNetworks(sources, self.hidden)
         diffusion = Diffusion(torch.from_numpy(start.T.copy()).float(), self.steps, networks).to(device)
         prior.start_from(torch.from_numpy(start.T.copy()).to(device))
-        nu = self._noise_of(start)
+        self._nu = self._noise_of(start)
         anneal = RANDOM_ANNEAL if self.init_ == "random" else 1.0
-        self._optimise(z, decoder, prior, diffusion, nu, anneal)
+        self._optimise(z, decoder, prior, diffusion, self._nu, anneal)
         self._finish(X, z, whitening, decoder, prior, diffusion)
 
     def _noise_of(self, start: Array) -> float:
@@ -334,11 +334,12 @@ class StrADiff(LearnedSeparator):
         back = np.argsort(self._order)
         with torch.no_grad():
             prior.log_length_scale.copy_(torch.from_numpy(self.length_scales_[back]).log())
-        nu = LEAST_NOISE if self.noise is None else self.noise
         optimiser = torch.optim.Adam([diffusion.mean], lr=self.learning_rate)
         for _ in range(self.max_iter):
             s = diffusion.path(diffusion.mean)[-1].double()
-            loss = (z - self._decoder(s.T)).square().sum() / (2 * nu) - self.lambda_prior * prior.log_prob(s).sum()
+            loss = (z - self._decoder(s.T)).square().sum() / (2 * self._nu) - self.lambda_prior * prior.log_prob(
+                s
+            ).sum()
             optimiser.zero_grad()
             loss.backward(inputs=[diffusion.mean])
             optimiser.step()
