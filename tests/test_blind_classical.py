@@ -137,7 +137,7 @@ def test_pipelines_and_pickles():
         (lambda X: np.c_[X, np.ones(len(X))], "channel 3 is constant"),
         (lambda X: np.c_[X, -2 * X[:, 1] + 1], "channels 1 and 3 carry the same signal"),
         (lambda X: np.where(np.arange(len(X))[:, None] == 7, np.nan, X), "sample 7 of channel 0"),
-        (lambda X: X + 1j, "Complex data not supported"),
+        (lambda X: X + 1j, "Complex data not supported: take real parts"),
         (lambda X: X[:, 0], "Reshape your data"),
     ],
 )
@@ -145,6 +145,14 @@ def test_pipelines_and_pickles():
 def test_a_bad_recording_is_named(estimator, spoil, message):
     with pytest.raises(RecordingError, match=message):
         clone(estimator).fit(spoil(coloured(1000) @ MIXING.T))
+
+
+def test_the_units_of_the_channels_do_not_matter():
+    X = coloured() @ MIXING.T
+    for n in (3, None):
+        found = SOBI(n).fit(X * [1, 1e-7, 1e3])
+        assert mean_correlation(found.sources_, coloured()) > 0.99
+    assert estimate_n_sources(np.c_[X[:, :2], 1e-7 * (X[:, :2] @ [1, 1])]) == 2
 
 
 def test_integers_are_taken():
@@ -159,6 +167,29 @@ def test_more_sources_than_channels_are_refused():
         SOBI(3).fit(coloured()[:, :2] @ MIXING[:, :2].T)
     with pytest.raises(UsageError, match="n_sources is a positive number"):
         SOBI(0).fit(coloured())
+
+
+@pytest.mark.parametrize(
+    ("estimator", "message"),
+    [
+        (SOBI(lags="abc"), "lags are whole numbers or None, got 'abc'"),
+        (SOBI(lags=[1.5]), r"lags are whole numbers or None, got \[1.5\]"),
+        (SOBI(lags=0), "lags lie between 1 and"),
+        (SOBI(max_iter="abc"), "max_iter is a whole number above 0, got 'abc'"),
+        (JADE(tol="x"), "tol is a number of at least 0, got 'x'"),
+        (AMUSE(lag=1.5), "lag is a whole number above 0, got 1.5"),
+        (FastICA(fun="sin"), "fun is logcosh, exp or cube, got 'sin'"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else type(v).__name__,
+)
+def test_wrong_options_are_named(estimator, message):
+    with pytest.raises(UsageError, match=message):
+        estimator.fit(coloured() @ MIXING.T)
+
+
+def test_sources_to_mix_have_a_column_each():
+    with pytest.raises(UsageError, match=r"sources have shape \(n_samples, 3\), got \(5, 2\)"):
+        SOBI(3).fit(coloured() @ MIXING.T).inverse_transform(np.zeros((5, 2)))
 
 
 def test_what_did_not_converge_says_so():

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -113,12 +114,18 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path, capsys):
     (tmp_path / "text.csv").write_text("a,b\n1,x\n")
     np.save(tmp_path / "flat.npy", np.zeros(5))
     np.save(tmp_path / "short.npy", np.zeros((2, 3)))
+    (tmp_path / "empty.npy").touch()
+    (tmp_path / "empty.mat").touch()
+    savemat(tmp_path / "complex.mat", {"X": np.ones((9, 2)) * 1j})
     np.savetxt(tmp_path / "nan.csv", [[1, 2], [np.nan, 3], [2, 4], [1, 1]], delimiter=",")
     for name, code, message in (
         ("missing.csv", 1, "no such file"),
         ("text.csv", 1, "can't be read"),
         ("flat.npy", 1, "rows are samples and columns channels"),
         ("short.npy", 1, "too few"),
+        ("empty.npy", 1, "can't be read: No data left in file"),
+        ("empty.mat", 1, "can't be read: "),
+        ("complex.mat", 1, "holds complex128, not real numbers"),
         ("nan.csv", 1, "sample 1 of channel 0"),
     ):
         with pytest.raises(SystemExit) as left:
@@ -135,6 +142,23 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path, capsys):
     (tmp_path / "new.mat").write_bytes(b"MATLAB 7.3 MAT-file".ljust(124) + b"\x00\x02IM" + bytes(100))
     with pytest.raises(AudioError, match="save it with the option -v7"):
         command.read(tmp_path / "new.mat")
+
+
+def test_facts_are_json(tmp_path):
+    options = {"max_iter": 4, "posterior": "native"}
+    facts = command.run(recording(tmp_path / "x.csv"), tmp_path / "out", method="skr-vae", options=options)
+    assert "noise" not in facts
+    json.dumps(facts, allow_nan=False)
+
+
+def test_what_a_format_cannot_hold_is_told(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise ValueError("outside\nthe range")
+
+    monkeypatch.setattr(command, "_edfio", lambda: SimpleNamespace(Edf=refuse, EdfSignal=refuse))
+    estimator = SimpleNamespace(sources_=waves())
+    with pytest.raises(AudioError, match=r"sources.edf: can't be written: outside the range"):
+        command.write(tmp_path / "x.edf", tmp_path, command.Recording(waves(), rate=100.0), estimator)
 
 
 def test_edf_without_its_reader_is_named(tmp_path, monkeypatch):

@@ -179,6 +179,13 @@ def test_new_recordings_are_separated_alike():
     assert mean_correlation(native.transform(X[400:]), S[400:]) > 0.99
 
 
+def test_new_recordings_are_refitted_under_the_noise_of_the_fit():
+    X = waves() @ MIXING.T
+    X += 0.4 * np.random.default_rng(0).standard_normal(X.shape)
+    found = quick(StrADiff(), posterior="native").fit(X)
+    assert mean_correlation(found.transform(X), found.sources_) > 0.99
+
+
 def test_student_t_separates_white_heavy_tails():
     S = np.random.default_rng(0).laplace(size=(1500, 2))
     X = S @ MIXING.T
@@ -200,6 +207,39 @@ def test_pipelines_and_options():
         quick(ARFlowVAE(), max_iter=40, tol=0.0).fit(X)
 
 
+@pytest.mark.parametrize(
+    ("estimator", "message"),
+    [
+        (ARFlowVAE(beta=0), "beta is a number above 0, got 0"),
+        (GPVAE(beta=None), "beta is a number above 0, got None"),
+        (ARFlowVAE(max_iter="abc"), "max_iter is a whole number above 0, got 'abc'"),
+        (SKRVAE(max_iter=2.5), "max_iter is a whole number above 0, got 2.5"),
+        (SKRVAE(tol="x"), "tol is a number of at least 0, got 'x'"),
+        (GPVAE(block="x"), "block is a number of samples or None"),
+        (GPVAE(kernel="periodic"), "kernel is rbf, matern12, matern32 or matern52, got 'periodic'"),
+        (StrADiff(kernel="periodic"), "kernel is rbf, matern12, matern32 or matern52, got 'periodic'"),
+        (StrADiff(steps=0), "steps is a whole number above 0, got 0"),
+        (StrADiff(noise=0), "noise is a number above 0, got 0"),
+        (StrADiff(draws=0, posterior="native"), "draws is a whole number above 0, got 0"),
+        (ARFlowVAE(learning_rate=float("nan")), "learning_rate is a number above 0, got nan"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else type(v).__name__,
+)
+def test_wrong_options_are_named(estimator, message):
+    with pytest.raises(UsageError, match=message):
+        estimator.fit(waves() @ MIXING.T)
+
+
+@pytest.mark.parametrize("mixing", ["linear", "mlp"])
+def test_fits_that_diverge_and_wrong_sources_say_so(mixing):
+    X = waves() @ MIXING.T
+    with pytest.raises(UsageError, match="the fit diverged: lower learning_rate"):
+        StrADiff(2, mixing=mixing, max_iter=5, learning_rate=1e10, posterior="native").fit(X)
+    found = quick(SKRVAE(), mixing=mixing, max_iter=5, posterior="native").fit(X)
+    with pytest.raises(UsageError, match=r"sources have shape \(n_samples, 2\), got \(4, 3\)"):
+        found.inverse_transform(np.zeros((4, 3)))
+
+
 @pytest.mark.parametrize("init", ["random", "auto"])
 def test_of_several_starts_the_fit_of_the_highest_bound_is_kept(monkeypatch, init):
     fits, steps = [], []
@@ -211,7 +251,7 @@ def test_of_several_starts_the_fit_of_the_highest_bound_is_kept(monkeypatch, ini
     assert [fit.init for fit in fits] == [{"auto": "sobi"}.get(init, init), "random", "random"]
     assert found.elbo_ == max(fit.elbo for fit in fits) > min(fit.elbo for fit in fits)
     assert steps[-1] == (36, 36)
-    with pytest.raises(UsageError, match="n_init is at least 1, got 0"):
+    with pytest.raises(UsageError, match="n_init is a whole number above 0, got 0"):
         quick(GPVAE(), n_init=0).fit(waves())
     assert "n_init" not in SKRVAE().get_params()  # its pseudo-likelihood compares nothing
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from audiosep.blind.base import choose
+from audiosep.blind.base import choose, positive
 from audiosep.blind.flows import BASES, ARFlowPrior
 from audiosep.blind.vae import SourcePrior, VariationalSeparator
 
@@ -97,7 +97,11 @@ class ARFlowVAE(VariationalSeparator):
     def _starts(self) -> tuple[str, ...]:
         return ("sobi",) if self.base == "normal" else ("sobi", "fastica")
 
-    def _levels(self) -> tuple[float, float]:
+    def _check_options(self) -> None:
+        super()._check_options()
+        positive("hidden", self.hidden, whole=True)
+
+    def _levels(self) -> tuple[Any, Any]:
         usual = (0.1, 10.0) if self.mixing == "linear" else (0.02, 30.0)
         return (usual[0] if self.beta is None else self.beta), (usual[1] if self.warm is None else self.warm)
 

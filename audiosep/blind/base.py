@@ -7,6 +7,7 @@ entry of each column of mixing_ (m, n) is positive.
 
 from __future__ import annotations
 
+import numbers
 import warnings
 from dataclasses import dataclass
 from typing import Any, Self
@@ -22,7 +23,7 @@ from audiosep.errors import AudiosepError, UsageError
 
 Array = NDArray[np.float64]
 
-# Eigenvalues of the covariance below this share of the largest are rounding.
+# Eigenvalues of the channels' correlation matrix below this share of the largest are rounding.
 RANK_TOLERANCE = 1e-12
 
 
@@ -57,6 +58,14 @@ def whiten(X: Array, n: int) -> Whitening:
     return Whitening(mean, axes[:n] / kept, (axes[:n] * kept).T, noise)
 
 
+def rank(X: Array) -> int:
+    """How many independent signals the channels of X (T, m) are mixtures of, whatever the channels' units."""
+    centred = X - X.mean(0)
+    spread = centred.std(0)
+    power = np.linalg.svd(centred / np.where(spread > 0, spread, 1.0), compute_uv=False) ** 2
+    return int((power > RANK_TOLERANCE * power[0]).sum())
+
+
 def estimate_n_sources(X: Array) -> int:
     """The number of sources in X (T, m), the rest being white Gaussian noise of equal power everywhere.
 
@@ -67,9 +76,9 @@ def estimate_n_sources(X: Array) -> int:
     samples, channels = X.shape
     axes, singular, _ = np.linalg.svd(X - X.mean(0), full_matrices=False)
     power = singular**2 / samples
-    rank = int((power > RANK_TOLERANCE * power[0]).sum())
-    if rank < channels:  # fewer sources than channels and no noise
-        return rank
+    independent = rank(X)
+    if independent < channels:  # fewer sources than channels and no noise
+        return independent
     lengths = []
     for k in range(channels):
         tail = power[k:]
@@ -117,7 +126,7 @@ class BlindSeparator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
     def inverse_transform(self, sources: ArrayLike) -> Array:
         """The recording (n_samples, n_channels) that these sources mix to."""
         check_is_fitted(self)
-        return np.asarray(sources, dtype=np.float64) @ self.mixing_.T + self.mean_
+        return self._checked_sources(sources) @ self.mixing_.T + self.mean_
 
     def _separate(self, X: Array, rng: np.random.RandomState) -> None:
         """Set what is learned from the checked recording X (T, m); n_sources_ is set."""
@@ -146,11 +155,21 @@ class BlindSeparator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
                 ensure_min_samples=2 if reset else 1,
             )
         except ValueError as error:
-            raise RecordingError(str(error)) from error
+            text = " ".join(str(error).split())
+            if text.startswith("Complex data not supported"):  # followed by all the numbers
+                text = "Complex data not supported: take real parts or magnitudes first"
+            raise RecordingError(text) from error
         _check_finite(recording)
         if reset:
             _check_channels(recording)
         return recording
+
+    def _checked_sources(self, sources: ArrayLike) -> Array:
+        """sources as float64 (T, n), or a UsageError."""
+        given = np.asarray(sources, dtype=np.float64)
+        if given.ndim != 2 or given.shape[1] != self.n_sources_:
+            raise UsageError(f"sources have shape (n_samples, {self.n_sources_}), got {given.shape}")
+        return given
 
     def _count(self, X: Array) -> int:
         """The number of sources: as asked for, or estimated."""
@@ -164,11 +183,11 @@ class BlindSeparator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
                 f"n_sources={self.n_sources}, but the recording has {channels} channels: "
                 "at most as many sources as channels can be separated"
             )
-        power = np.linalg.svd(X - X.mean(0), compute_uv=False) ** 2
-        rank = int((power > RANK_TOLERANCE * power[0]).sum())
-        if self.n_sources > rank:
+        independent = rank(X)
+        if self.n_sources > independent:
             raise RecordingError(
-                f"the {channels} channels are mixtures of only {rank} independent signals: n_sources is at most {rank}"
+                f"the {channels} channels are mixtures of only {independent} independent signals: "
+                f"n_sources is at most {independent}"
             )
         return int(self.n_sources)
 
@@ -183,7 +202,12 @@ class LinearSeparator(BlindSeparator):
     tol: float
     max_iter: int
 
+    def _check_options(self) -> None:
+        positive("max_iter", self.max_iter, whole=True)
+        positive("tol", self.tol, zero=True)
+
     def _separate(self, X: Array, rng: np.random.RandomState) -> None:
+        self._check_options()
         whitening = whiten(X, self.n_sources_)
         self._set_linear(whitening, self._rotation(whitening(X), rng), X)
 
@@ -211,6 +235,14 @@ def choose(name: str, value: Any, allowed: tuple[str, ...]) -> str:
     if value not in allowed:
         raise UsageError(f"{name} is {', '.join(allowed[:-1])} or {allowed[-1]}, got {value!r}")
     return str(value)
+
+
+def positive(name: str, value: Any, *, whole: bool = False, zero: bool = False) -> None:
+    """A UsageError unless the value of an option is a number above 0, or a whole number, or (with zero) 0."""
+    least = "of at least 0" if zero else "above 0"
+    number = isinstance(value, numbers.Integral if whole else numbers.Real) and not isinstance(value, bool)
+    if not number or not np.isfinite(value) or value < 0 or (value == 0 and not zero):
+        raise UsageError(f"{name} is a {'whole ' if whole else ''}number {least}, got {value!r}")
 
 
 def warn_unconverged(estimator: object, iterations: int, change: float, tol: float) -> None:

@@ -17,7 +17,7 @@ from scipy.signal import welch
 from sklearn import decomposition
 from sklearn.exceptions import ConvergenceWarning
 
-from audiosep.blind.base import Array, LinearSeparator, warn_unconverged
+from audiosep.blind.base import Array, LinearSeparator, choose, positive, warn_unconverged
 from audiosep.errors import UsageError
 
 # Lags that the criterion of SOBI chooses from: 1..3 suit short memories, 1..100 slow sources.
@@ -131,7 +131,10 @@ class SOBI(LinearSeparator):
         if self.lags is None:
             counts = [count for count in LAG_CHOICES if count < samples // 2] or [1]
             return [np.arange(1, count + 1) for count in counts]
-        lags = np.arange(1, self.lags + 1) if np.ndim(self.lags) == 0 else np.asarray(self.lags)
+        lags = np.asarray(self.lags)
+        if lags.dtype.kind not in "iu":
+            raise UsageError(f"lags are whole numbers or None, got {self.lags!r}")
+        lags = np.arange(1, int(lags) + 1) if lags.ndim == 0 else lags.ravel()
         if not len(lags) or lags.min() < 1 or lags.max() >= samples:
             raise UsageError(f"lags lie between 1 and {samples - 1} (one less than the samples), got {self.lags!r}")
         return [lags]
@@ -150,6 +153,9 @@ class AMUSE(LinearSeparator):
         self.n_sources = n_sources
         self.lag = lag
         self.random_state = random_state
+
+    def _check_options(self) -> None:
+        positive("lag", self.lag, whole=True)
 
     def _rotation(self, Z: Array, rng: np.random.RandomState) -> Array:
         if not 1 <= self.lag < len(Z):
@@ -220,6 +226,7 @@ class FastICA(LinearSeparator):
         self.random_state = random_state
 
     def _rotation(self, Z: Array, rng: np.random.RandomState) -> Array:
+        choose("fun", self.fun, ("logcosh", "exp", "cube"))
         ica = decomposition.FastICA(
             whiten=False, fun=self.fun, max_iter=self.max_iter, tol=self.tol, random_state=rng, algorithm="parallel"
         )

@@ -118,7 +118,7 @@ def read(path: str | os.PathLike[str]) -> Recording:
         return reader(source)
     except UsageError:
         raise
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of whatever kind the file made the format's reader stumble
         raise AudioError(f"{source}: can't be read: {' '.join(str(error).split())}") from error
 
 
@@ -158,7 +158,7 @@ def _read_mat(path: Path) -> Recording:
     except NotImplementedError as error:
         raise ValueError("files of MATLAB 7.3 are HDF5; save it with the option -v7") from error
     arrays = {k: v for k, v in found.items() if not k.startswith("__") and getattr(v, "ndim", 0) == 2}
-    numbers = {k: v for k, v in arrays.items() if v.dtype.kind in "fiu" and v.size > 1}
+    numbers = {k: v for k, v in arrays.items() if v.dtype.kind in "fiuc" and v.size > 1}
     if len(numbers) != 1:
         raise ValueError(f"a mat file with one matrix is needed, this has {sorted(numbers) or 'none'}")
     return Recording(_two_axes(next(iter(numbers.values()))))
@@ -246,6 +246,8 @@ def _write_array(path: Path, values: Array, rate: float | None = None) -> Path:
             np.savetxt(path, values, fmt="%.9g", delimiter=delimiter, header=header, comments="")
     except OSError as error:
         raise AudioError(f"{path}: can't be written: {error.strerror}") from error
+    except ValueError as error:  # what the format can't hold
+        raise AudioError(f"{path}: can't be written: {' '.join(str(error).split())}") from error
     return path
 
 
@@ -260,8 +262,9 @@ def _facts(estimator: Any, method: str, recording: Recording, seconds: float) ->
         "iterations": estimator.n_iter_,
     }
     for name in ("init_", "noise_", "elbo_"):
-        if hasattr(estimator, name):
-            facts[name.rstrip("_")] = getattr(estimator, name)
+        value = getattr(estimator, name, None)
+        if value is not None and value == value:  # NaN is what wasn't estimated, and no JSON
+            facts[name.rstrip("_")] = value
     for name in ("length_scales_", "ar_coef_", "innovation_std_", "rho_", "df_"):
         if hasattr(estimator, name):
             facts[name.rstrip("_").replace("_", " ")] = [float(v) for v in getattr(estimator, name)]

@@ -69,20 +69,18 @@ FADE = 0.1  # share of the recording that is faded in and out before its spectru
 EVIDENCE = 12.0
 
 
-def correlation(
-    kernel: str, lag: Tensor, length_scale: Tensor, frequency: Tensor | float = 0.0, decay: Tensor | float = 0.0
-) -> Tensor:
+def correlation(kernel: str, lag: Tensor, length_scale: Tensor, frequency: Tensor | float = 0.0) -> Tensor:
     """The kernel at lags d (T,), 1 at lag 0; parameters broadcast, as (n, 1).
 
     rbf and matern are multiplied by cos(2 pi f d), which moves the spectrum from 0 to the frequency f in cycles per
-    sample; periodic is exp(-2 sin^2(pi f d) / l^2), of period 1 / f and with l a share of it, times exp(-decay d):
-    rbf of the chord 2 |sin| between two times on a circle. periodic12, matern12 of it, has jumps and corners.
+    sample; periodic is exp(-2 sin^2(pi f d) / l^2), of period 1 / f and with l a share of it: rbf of the
+    chord 2 |sin| between two times on a circle. periodic12, matern12 of it, has jumps and corners.
     """
     turns = torch.pi * lag * frequency
     if kernel == "periodic":
-        return torch.exp(-2 * torch.sin(turns) ** 2 / length_scale**2 - decay * lag)
+        return torch.exp(-2 * torch.sin(turns) ** 2 / length_scale**2)
     if kernel == "periodic12":
-        return torch.exp(-2 * torch.sin(turns).abs() / length_scale - decay * lag)
+        return torch.exp(-2 * torch.sin(turns).abs() / length_scale)
     if kernel not in ENVELOPES:
         raise UsageError(f"kernel is {', '.join(KERNELS[:-1])} or {KERNELS[-1]}, got {kernel!r}")
     return ENVELOPES[kernel](lag, length_scale) * torch.cos(2 * turns)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from audiosep.blind import gp
-from audiosep.blind.base import choose
+from audiosep.blind.base import choose, positive
 from audiosep.blind.vae import SourcePrior, VariationalSeparator
 
 SCALES = 24  # length-scales that a fit starts from
@@ -102,5 +102,10 @@ class GPVAE(VariationalSeparator):
         self.random_state = random_state
         self.device = device
 
+    def _check_options(self) -> None:
+        super()._check_options()
+        choose("kernel", self.kernel, tuple(gp.ENVELOPES))
+        positive("jitter", self.jitter, zero=True)
+
     def _prior(self, sources: int) -> SourcePrior:
-        return GPPrior(sources, choose("kernel", self.kernel, tuple(gp.ENVELOPES)), self.jitter)
+        return GPPrior(sources, self.kernel, self.jitter)

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from audiosep.blind.base import positive
 from audiosep.blind.vae import SourcePrior, VariationalSeparator
 
 SCALES = (1.0, 2.0, 5.0, 15.0, 50.0)  # bandwidths that a fit starts from, in samples
@@ -116,6 +117,10 @@ class SKRVAE(VariationalSeparator):
         self.tol = tol
         self.random_state = random_state
         self.device = device
+
+    def _check_options(self) -> None:
+        super()._check_options()
+        positive("jitter", self.jitter, zero=True)
 
     def _prior(self, sources: int) -> SourcePrior:
         return KernelRegressionPrior(sources, self.jitter)

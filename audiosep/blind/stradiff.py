@@ -25,8 +25,8 @@ from numpy.typing import ArrayLike
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
-from audiosep.blind import posterior
-from audiosep.blind.base import Array
+from audiosep.blind import gp, posterior
+from audiosep.blind.base import Array, choose, positive
 from audiosep.blind.gp_vae import GPPrior
 from audiosep.blind.vae import LearnedSeparator, Map, double_precision, whiten_safely
 
@@ -109,7 +109,8 @@ class StrADiff(LearnedSeparator):
     posterior: "gp" or "native"
         What sources_ and sources_std_ are: the posterior under Gaussian processes fitted to the sources, or the mean
         and deviation over draws of the diffusion's start (which is no measure of the error).
-    kernel, jitter: the prior's kernel, and the white part xi of its unit variance (eq. 18).
+    kernel: "rbf", "matern12", "matern32" or "matern52"
+    jitter: the white part xi of its unit variance (eq. 18).
     noise: float or None
         nu; None takes the noise found in the start's sources, and at least 0.002.
     lambda_prior, lambda_diff, lambda_kl: float
@@ -185,6 +186,16 @@ class StrADiff(LearnedSeparator):
         self.random_state = random_state
         self.device = device
 
+    def _check_options(self) -> None:
+        super()._check_options()
+        choose("kernel", self.kernel, tuple(gp.ENVELOPES))
+        for name in ("steps", "hidden", "draws"):
+            positive(name, getattr(self, name), whole=True)
+        for name in ("jitter", "lambda_prior", "lambda_diff", "lambda_kl"):
+            positive(name, getattr(self, name), zero=True)
+        if self.noise is not None:
+            positive("noise", self.noise)
+
     def fit_transform(self, X: ArrayLike, y: None = None) -> Array:
         """Fit, and return sources_; transform(X) would fit the native latents once more."""
         return self.fit(X).sources_
@@ -206,7 +217,7 @@ class StrADiff(LearnedSeparator):
         check_is_fitted(self)
         if self.mixing == "linear":
             return super().inverse_transform(sources)
-        native = (np.asarray(sources, dtype=np.float64) * self._signs * self._scale)[:, np.argsort(self._order)]
+        native = (self._checked_sources(sources) * self._signs * self._scale)[:, np.argsort(self._order)]
         with torch.no_grad():
             white = self._decoder(torch.from_numpy(native)).numpy()
         return white @ self._whitening.inverse.T + self.mean_
@@ -234,9 +245,9 @@ class StrADiff(LearnedSeparator):
         networks = NoiseNetworks(sources, self.hidden)
         diffusion = Diffusion(torch.from_numpy(start.T.copy()).float(), self.steps, networks).to(device)
         prior.start_from(torch.from_numpy(start.T.copy()).to(device))
-        nu = self._noise_of(start)
+        self._nu = self._noise_of(start)
         anneal = RANDOM_ANNEAL if self.init_ == "random" else 1.0
-        self._optimise(z, decoder, prior, diffusion, nu, anneal)
+        self._optimise(z, decoder, prior, diffusion, self._nu, anneal)
         self._finish(X, z, whitening, decoder, prior, diffusion)
 
     def _noise_of(self, start: Array) -> float:
@@ -323,11 +334,12 @@ class StrADiff(LearnedSeparator):
         back = np.argsort(self._order)
         with torch.no_grad():
             prior.log_length_scale.copy_(torch.from_numpy(self.length_scales_[back]).log())
-        nu = LEAST_NOISE if self.noise is None else self.noise
         optimiser = torch.optim.Adam([diffusion.mean], lr=self.learning_rate)
         for _ in range(self.max_iter):
             s = diffusion.path(diffusion.mean)[-1].double()
-            loss = (z - self._decoder(s.T)).square().sum() / (2 * nu) - self.lambda_prior * prior.log_prob(s).sum()
+            loss = (z - self._decoder(s.T)).square().sum() / (2 * self._nu) - self.lambda_prior * prior.log_prob(
+                s
+            ).sum()
             optimiser.zero_grad()
             loss.backward(inputs=[diffusion.mean])
             optimiser.step()

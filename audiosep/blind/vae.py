@@ -23,7 +23,17 @@ from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
 from audiosep.blind import posterior
-from audiosep.blind.base import Array, BlindSeparator, Whitening, choose, order_and_signs, warn_unconverged, whiten
+from audiosep.blind.base import (
+    Array,
+    BlindSeparator,
+    Whitening,
+    choose,
+    order_and_signs,
+    positive,
+    rank,
+    warn_unconverged,
+    whiten,
+)
 from audiosep.blind.classical import SOBI, FastICA
 from audiosep.errors import UsageError
 
@@ -66,6 +76,8 @@ class LearnedSeparator(BlindSeparator):
     mixing: str
     init: str
     posterior: str
+    learning_rate: float
+    mlp_units: int
     max_iter: int
     tol: float
     device: str
@@ -84,8 +96,10 @@ class LearnedSeparator(BlindSeparator):
         choose("mixing", self.mixing, ("linear", "mlp"))
         choose("init", self.init, INITS)
         choose("posterior", self.posterior, ("gp", "native"))
-        if self.max_iter < 1:
-            raise UsageError(f"max_iter is at least 1, got {self.max_iter!r}")
+        positive("max_iter", self.max_iter, whole=True)
+        positive("tol", self.tol, zero=True)
+        positive("learning_rate", self.learning_rate)
+        positive("mlp_units", self.mlp_units, whole=True)
 
     def _torch_device(self) -> torch.device:
         wanted = str(self.device)
@@ -116,6 +130,7 @@ class LearnedSeparator(BlindSeparator):
 
     def _set_sources(self, X: Array, sources: Array, std: Array, mixing: Array) -> None:
         """Normalise, order and sign the native sources (T, n) with mixing (m, n); then the final posterior."""
+        _check_finite(sources)
         scale = sources.std(0)
         order, signs = order_and_signs(mixing * scale)
         self._order, self._signs, self._scale = order, signs, scale[order]
@@ -151,7 +166,8 @@ class LearnedSeparator(BlindSeparator):
         return posterior.smooth(native @ square.T, square, self.processes_, self.noise_)
 
     def _check_convergence(self) -> None:
-        """Warn if the loss, averaged over the last iterations, still changes by more than tol of its range."""
+        """Raise if the loss is not finite; warn if its mean at the end still changes by tol of its range."""
+        _check_finite(self.loss_curve_)
         window = max(1, int(PATIENCE * len(self.loss_curve_)))
         if len(self.loss_curve_) < 4 * window:
             return
@@ -190,17 +206,17 @@ class VariationalSeparator(LearnedSeparator):
 
     beta: float | None
     warm: float | None
-    learning_rate: float
-    mlp_units: int
     block: int | None
     n_init: int = 1  # a parameter of those whose elbo_ compares starts
     fits_random_starts = True  # Is the prior first fitted to the sources of a random rotation, which are much alike?
 
     def _check_options(self) -> None:
         super()._check_options()
-        if self.n_init < 1:
-            raise UsageError(f"n_init is at least 1, got {self.n_init!r}")
-        if self.block is not None and self.block < 2:
+        positive("n_init", self.n_init, whole=True)
+        beta, warm = self._levels()
+        positive("beta", beta)
+        positive("warm", warm)
+        if self.block is not None and (not isinstance(self.block, int | np.integer) or self.block < 2):
             raise UsageError(f"block is a number of samples or None, got {self.block!r}")
 
     def _prior(self, sources: int) -> SourcePrior:
@@ -220,7 +236,7 @@ class VariationalSeparator(LearnedSeparator):
         Z = whitening(X)
         z = torch.from_numpy(Z).to(device)
         fits = [self._fit_from(start, z, Z, rng) for start in range(self.n_init)]
-        best = max(fits, key=lambda f: f.elbo)
+        best = max(fits, key=lambda f: f.elbo if math.isfinite(f.elbo) else -math.inf)
         self.elbo_, self.init_, self.loss_curve_, self.traces_ = best.elbo, best.init, best.curve, best.traces
         self.n_iter_ = self.max_iter
         self._check_convergence()
@@ -241,10 +257,8 @@ class VariationalSeparator(LearnedSeparator):
         fit.elbo = self._elbo(z, fit)
         return fit
 
-    def _levels(self) -> tuple[float, float]:
+    def _levels(self) -> tuple[Any, Any]:
         """beta, and how many times it begins at."""
-        assert self.beta is not None
-        assert self.warm is not None
         return self.beta, self.warm
 
     def _best_start(
@@ -371,10 +385,15 @@ class VariationalSeparator(LearnedSeparator):
         if self.mixing == "linear":
             return super().inverse_transform(sources)
         back = np.argsort(self._order)
-        native = (np.asarray(sources, dtype=np.float64) * self._signs * self._scale)[:, back]
+        native = (self._checked_sources(sources) * self._signs * self._scale)[:, back]
         with torch.no_grad():
             white = self._decoder(torch.from_numpy(native)).numpy()
         return white @ self._whitening.inverse.T + self.mean_
+
+
+def _check_finite(values: Array) -> None:
+    if not np.isfinite(values).all():
+        raise UsageError("the fit diverged: lower learning_rate")
 
 
 def _rotation(name: str, Z: Array, rng: np.random.RandomState) -> Array:
@@ -389,8 +408,7 @@ def _rotation(name: str, Z: Array, rng: np.random.RandomState) -> Array:
 
 def whiten_safely(X: Array, kept: int) -> Whitening:
     """Without the directions in which the recording is flat: they hold nothing to reconstruct."""
-    power = np.linalg.svd(X - X.mean(0), compute_uv=False) ** 2
-    return whiten(X, min(kept, int((power > 1e-12 * power[0]).sum())))
+    return whiten(X, min(kept, rank(X)))
 
 
 def _fit_prior(prior: SourcePrior, s: Tensor) -> float:
