@@ -158,6 +158,12 @@ class LearnedSeparator(BlindSeparator):
             found = posterior.gaussian_posterior(self.sources_ @ square.T, square, refine=False)
         self.processes_, self.noise_ = found.processes, found.noise
         self.sources_, self.sources_std_ = found.mean, found.std
+        if found.noise == 0 and (self.mixing == "mlp" or X.shape[1] == self.n_sources_):
+            warnings.warn(
+                "noise, if there is any, can't be told from the sources: sources_std_ is a lower bound "
+                "(fewer sources than channels would tell)",
+                stacklevel=4,
+            )
 
     def _smoothed(self, X: Array, native: Array) -> tuple[Array, Array]:
         """Mean and deviation (T, n) of the sources of another centred recording."""
