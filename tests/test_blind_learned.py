@@ -230,6 +230,31 @@ def test_wrong_options_are_named(estimator, message):
         estimator.fit(waves() @ MIXING.T)
 
 
+@pytest.mark.parametrize("estimator", ALL, ids=lambda e: type(e).__name__)
+def test_too_few_iterations_are_told(estimator):
+    X = waves() @ MIXING.T
+    with pytest.warns(ConvergenceWarning, match="ran 5 iterations, too few to tell"):
+        clone(estimator).set_params(max_iter=5, posterior="native").fit(X)
+
+
+def test_deviations_without_noise_are_told_to_be_lower_bounds():
+    third = np.r_[MIXING, [[0.5, 0.5]]]
+    noise = 0.1 * np.random.default_rng(0).standard_normal((400, 3))
+    with pytest.warns(UserWarning, match="sources_std_ is a lower bound"):
+        quick(SKRVAE()).fit(waves() @ MIXING.T)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert quick(SKRVAE()).fit(waves() @ third.T + noise).noise_ == pytest.approx(0.01, rel=0.2)
+
+
+@pytest.mark.parametrize("estimator", ALL[:3], ids=lambda e: type(e).__name__)
+def test_the_usual_iterations_suffice(estimator):
+    X = waves() @ MIXING.T
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ConvergenceWarning)
+        clone(estimator).set_params(posterior="native", random_state=0).fit(X)
+
+
 @pytest.mark.parametrize("mixing", ["linear", "mlp"])
 def test_fits_that_diverge_and_wrong_sources_say_so(mixing):
     X = waves() @ MIXING.T

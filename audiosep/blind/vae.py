@@ -12,6 +12,7 @@ may be noise, the sources can still turn.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -19,6 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
@@ -156,6 +158,12 @@ class LearnedSeparator(BlindSeparator):
             found = posterior.gaussian_posterior(self.sources_ @ square.T, square, refine=False)
         self.processes_, self.noise_ = found.processes, found.noise
         self.sources_, self.sources_std_ = found.mean, found.std
+        if found.noise == 0 and (self.mixing == "mlp" or X.shape[1] == self.n_sources_):
+            warnings.warn(
+                "noise, if there is any, can't be told from the sources: sources_std_ is a lower bound "
+                "(fewer sources than channels would tell)",
+                stacklevel=4,
+            )
 
     def _smoothed(self, X: Array, native: Array) -> tuple[Array, Array]:
         """Mean and deviation (T, n) of the sources of another centred recording."""
@@ -168,8 +176,14 @@ class LearnedSeparator(BlindSeparator):
     def _check_convergence(self) -> None:
         """Raise if the loss is not finite; warn if its mean at the end still changes by tol of its range."""
         _check_finite(self.loss_curve_)
-        window = max(1, int(PATIENCE * len(self.loss_curve_)))
-        if len(self.loss_curve_) < 4 * window:
+        window = int(PATIENCE * len(self.loss_curve_))
+        if window <= 1:  # the loss of one draw says nothing, and the learning rate ends near 0
+            warnings.warn(
+                f"{type(self).__name__} ran {self.n_iter_} iterations, too few to tell whether it converged: "
+                "raise max_iter",
+                ConvergenceWarning,
+                stacklevel=4,
+            )
             return
         last, before = self.loss_curve_[-window:].mean(), self.loss_curve_[-2 * window : -window].mean()
         spread = max(float(np.ptp(self.loss_curve_)), 1e-12)
