@@ -12,7 +12,7 @@ K sources, N samples, S steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from audiosep import audio, metrics, report
 from audiosep.errors import UsageError
+from audiosep.progress import Callback
 from audiosep.samplers import Noise, Sampler
 from audiosep.separator import Separator
 
@@ -30,8 +31,6 @@ __all__ = ["SAMPLERS", "Trace", "run", "trace"]
 
 SAMPLERS = ("dps", "dsg", "hybrid")
 SHOWN = 5  # states of a trajectory that the page plays
-
-Progress = Callable[[int, int | None, str], None]
 
 
 @dataclass
@@ -56,7 +55,7 @@ class Trace:
 
 
 def trace(
-    sampler: Sampler, mixture: Tensor, references: Tensor, seed: int = 0, progress: Progress | None = None
+    sampler: Sampler, mixture: Tensor, references: Tensor, seed: int = 0, progress: Callback | None = None
 ) -> Trace:
     """Run a sampler that takes gradients on mixture (N,) at the priors' level, against references (K, N).
 
@@ -100,7 +99,7 @@ def run(
     out: str | Path,
     sources: Sequence[str] | None = None,
     seconds: float = 4.0,
-    progress: Progress | None = None,
+    progress: Callback | None = None,
 ) -> Path:
     """Trace each separator's sampler on the start of a recording and write `diagnosis.json` and `report.html`.
 
@@ -140,7 +139,7 @@ def run(
     return Path(out) / "report.html"
 
 
-def _named(progress: Progress, name: str) -> Progress:
+def _named(progress: Callback, name: str) -> Callback:
     return lambda done, total, message: progress(done, total, f"{name}, {message}")
 
 

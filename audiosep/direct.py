@@ -19,11 +19,11 @@ from torch import Tensor
 from audiosep import hub
 from audiosep.baselines import ORACLES, SpectralGating
 from audiosep.errors import UsageError
+from audiosep.progress import Callback
 from audiosep.separator import (
     SEGMENT,
     SILENCE,
     Job,
-    Progress,
     Separator,
     Source,
     choose_device,
@@ -113,7 +113,7 @@ class Direct(Separator):
         raise UsageError("auto chooses among priors; this model separates what it was made for, leave the sources out")
 
     def _job(
-        self, sources: Sequence[Source], sample_rate: int, frames: int | None, progress: Progress | None, share: bool
+        self, sources: Sequence[Source], sample_rate: int, frames: int | None, progress: Callback | None, share: bool
     ) -> Job:
         return _Job(self, sources, sample_rate, frames, progress, share)
 

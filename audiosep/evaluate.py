@@ -43,6 +43,7 @@ from audiosep.data import MixtureDataset, parse_task, read_manifest
 from audiosep.direct import load
 from audiosep.errors import AudiosepError, ModelError, UsageError
 from audiosep.mixing import best_permutation
+from audiosep.progress import Callback
 from audiosep.recipe import build, check_tables
 from audiosep.separator import Separates, Separation, mix_seed
 
@@ -53,7 +54,6 @@ LIMIT_DB = 100.0
 TABLES = ("evaluate", "separators", "published")
 SPEECH_ONLY = ("pesq", "estoi")
 
-Progress = Callable[[int, int | None, str], None]
 
 log = logging.getLogger("audiosep.evaluate")
 
@@ -213,7 +213,7 @@ class Trial:
 def run(
     tables: Mapping[str, Any],
     out: str | Path | None = None,
-    progress: Progress | None = None,
+    progress: Callback | None = None,
     separators: Mapping[str, Separates] | None = None,
 ) -> list[dict[str, Any]]:
     """Separate and score what a recipe asks for, and return one summary per separator and task.

@@ -29,6 +29,7 @@ from audiosep.data import KINDS, Item, MixtureDataset, SourceDataset, class_name
 from audiosep.errors import UsageError
 from audiosep.evaluate import score
 from audiosep.prior import Prior
+from audiosep.progress import Callback
 from audiosep.recipe import build, check_tables
 from audiosep.separator import Separator
 from audiosep.supervised.expert import Expert
@@ -53,7 +54,7 @@ def fit(
     resume: bool = False,
     device: str = "auto",
     stop_minutes: float | None = None,
-    progress: train.Progress | None = None,
+    progress: Callback | None = None,
 ) -> dict[str, Any]:
     """Train what a recipe describes and write its checkpoint to `out`; arguments and result as of `train.train`.
 
@@ -156,7 +157,7 @@ def _fit_tagger(tables: Mapping[str, Any], out: Path, **how: Any) -> dict[str, A
     return train.train(tagger, mixtures, run_folder(out), options, save=save, probe=probe, about=about, **how)
 
 
-def _fit_nmf(tables: Mapping[str, Any], out: Path, progress: train.Progress | None) -> dict[str, Any]:
+def _fit_nmf(tables: Mapping[str, Any], out: Path, progress: Callback | None) -> dict[str, Any]:
     check_tables(tables, ("nmf", "data", "card"))
     data = _Data(tables, kind=None)
     if data.table:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,11 @@ import torch
 from audiosep import audio, hub
 from audiosep.data import MixtureDataset, read_manifest
 from audiosep.errors import UsageError
+from audiosep.progress import Callback
 
 __all__ = ["SavedMixtures", "known_classes", "stem_names", "write"]
 
 LIST = "mixtures.jsonl"
-
-Progress = Callable[[int, int | None, str], None]
 
 
 def write(
@@ -42,7 +41,7 @@ def write(
     split: str | None = "test",
     root: str | Path | None = None,
     classes: Sequence[str] | None = None,
-    progress: Progress | None = None,
+    progress: Callback | None = None,
 ) -> Path:
     """Write mixtures and their references to the folder `out`; the path of the list.
 

@@ -31,12 +31,12 @@ from audiosep.losses import ReconstructionLoss
 from audiosep.mixing import project, residual
 from audiosep.operators import Mixing
 from audiosep.prior import JointPrior, Prior
+from audiosep.progress import Callback
 from audiosep.samplers import PRESETS, SAMPLES, Noise, Sampler, build
 
 log = logging.getLogger(__name__)
 
 Array = TypeVar("Array", np.ndarray, Tensor)
-Progress = Callable[[int, int | None, str], None]
 
 SEGMENT = 4.0  # seconds; what the published priors were trained on
 SILENCE = 1e-7  # RMS under which a channel counts as digital silence (-140 dBFS)
@@ -306,7 +306,7 @@ class Separator:
         wave: Array,
         sample_rate: int,
         sources: Sequence[str] | None = None,
-        progress: Progress | None = None,
+        progress: Callback | None = None,
     ) -> Separation:
         """Separate a recording in memory.
 
@@ -367,7 +367,7 @@ class Separator:
         format: str | None = None,
         subtype: str | None = None,
         residual: bool = False,
-        progress: Progress | None = None,
+        progress: Callback | None = None,
     ) -> dict[str, Any]:
         """Separate a file piece by piece; memory does not grow with its length.
 
@@ -425,7 +425,7 @@ class Separator:
         return report
 
     def _job(
-        self, sources: Sequence[Source], sample_rate: int, frames: int | None, progress: Progress | None, share: bool
+        self, sources: Sequence[Source], sample_rate: int, frames: int | None, progress: Callback | None, share: bool
     ) -> Job:
         return Job(self, sources, sample_rate, frames, progress, share)
 
@@ -482,7 +482,7 @@ class Job:
         sources: Sequence[Source],
         sample_rate: int,
         frames: int | None,
-        progress: Progress | None,
+        progress: Callback | None,
         share: bool,
     ) -> None:
         if len(sources) == 1:

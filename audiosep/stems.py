@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,12 @@ from torch import Tensor
 from audiosep import audio, report, results
 from audiosep.errors import UsageError
 from audiosep.evaluate import score, score_one
+from audiosep.progress import Callback
 
 __all__ = ["run", "score_folders"]
 
 # What separators write beside the stems.
 BESIDE = ("mixture", "mix", "residual")
-
-Progress = Callable[[int, int | None, str], None]
 
 
 def run(
@@ -34,7 +33,7 @@ def run(
     references: str | Path,
     out: str | Path | None = None,
     metrics: Sequence[str] = (),
-    progress: Progress | None = None,
+    progress: Callback | None = None,
 ) -> list[dict[str, Any]]:
     """Score the stems and return one summary per task, as `evaluate.run` does; with `out` the same files.
 
@@ -73,7 +72,7 @@ def run(
 
 
 def score_folders(
-    estimates: str | Path, references: str | Path, metrics: Sequence[str] = (), progress: Progress | None = None
+    estimates: str | Path, references: str | Path, metrics: Sequence[str] = (), progress: Callback | None = None
 ) -> list[dict[str, Any]]:
     """Rows as `evaluate` writes them, in the items' order; the mixture is the references' sum.
 

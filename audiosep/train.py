@@ -36,6 +36,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from audiosep import distributed
 from audiosep.errors import AudiosepError, UsageError
+from audiosep.progress import Callback
 
 __all__ = ["LOG", "STATE", "Options", "compile_blocks", "read_log", "train"]
 
@@ -47,7 +48,6 @@ AGREE = 10  # steps between two agreements of several processes on time and sign
 log = logging.getLogger("audiosep.train")
 
 Batch = dict[str, Any]
-Progress = Callable[[int, int | None, str], None]
 
 
 class Items(Protocol):
@@ -144,7 +144,7 @@ def train(
     resume: bool = False,
     device: str = "auto",
     stop_minutes: float | None = None,
-    progress: Progress | None = None,
+    progress: Callback | None = None,
 ) -> dict[str, Any]:
     """Train `model` in place and return the last row of the log, with "finished" saying whether the budget is used up.
 
@@ -601,7 +601,7 @@ def _row(sums: list[float], steps: int) -> dict[str, float]:
     return row
 
 
-def _show(progress: Progress, options: Options, step: int, seconds: float, row: Mapping[str, float]) -> None:
+def _show(progress: Callback, options: Options, step: int, seconds: float, row: Mapping[str, float]) -> None:
     loss = f"loss {row['loss']:.4f}, {row['items_per_second']:.0f} items/s" if row else ""
     by_time = options.max_minutes is not None and seconds / 60 / options.max_minutes > step / (
         options.max_steps or 1e18

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from audiosep import audio, blind, report
 from audiosep.errors import AudioError, UsageError
+from audiosep.progress import Callback
 
 Array = NDArray[np.float64]
-Progress = Callable[[int, int | None, str], None]
 
 METHODS = {
     "sobi": "SOBI",
@@ -56,7 +56,7 @@ def run(
     n_sources: int | None = None,
     options: dict[str, Any] | None = None,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: Callback | None = None,
 ) -> dict[str, Any]:
     """Separate the recording at `path`; write its sources and report.html into the folder `out`.
 
