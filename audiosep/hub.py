@@ -28,6 +28,7 @@ from audiosep import __version__
 from audiosep.backbones.diffwave import DiffWave
 from audiosep.backbones.mlp import MLP
 from audiosep.backbones.triple_path_unet import TriplePathUNet
+from audiosep.backbones.wiener import Wiener
 from audiosep.baselines import NMF
 from audiosep.errors import ModelError
 from audiosep.prior import Prior
@@ -55,7 +56,12 @@ __all__ = [
 ]
 
 # A new backbone, schedule or supervised network is one line here.
-BACKBONES: dict[str, Callable[..., nn.Module]] = {"triple_path_unet": TriplePathUNet, "diffwave": DiffWave, "mlp": MLP}
+BACKBONES: dict[str, Callable[..., nn.Module]] = {
+    "triple_path_unet": TriplePathUNet,
+    "diffwave": DiffWave,
+    "mlp": MLP,
+    "wiener": Wiener,
+}
 SCHEDULES: dict[str, Callable[..., Schedule]] = {"vp_linear": vp_linear, "ve": ve}
 NETWORKS: dict[str, Callable[..., nn.Module]] = {"conv_tasnet": ConvTasNet, "tf_locoformer": TFLocoformer}
 

@@ -29,7 +29,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors import safe_open
@@ -90,7 +90,8 @@ class Plan:
             or less; None: from noise alone.
         iterations: of conjugate gradients, where more than 16 numbers are observed.
         rows: recordings that are drawn at a time.
-        limit: a sample that is so many times beyond the sources' level has diverged.
+        limit: a recording has diverged where its sources are so many times beyond all that it, they themselves before,
+            and the view's sources on the whole have for a level.
         retries: how often it is drawn anew before its recording is left out of the lap.
         max_steps: steps of training per source and lap.
         batch_size: of training.
@@ -346,12 +347,12 @@ def draw(
     """
     view = view.masked()
     parts, again, lost = [], 0, 0
-    largest = plan.limit * float(before[before.isfinite()].square().mean().sqrt())
     for first in range(0, len(view.y), plan.rows):
         index = torch.arange(first, min(first + plan.rows, len(view.y)))
+        largest = plan.limit * _levels(view, index, before)[:, None, None]
         x = _draw_rows(view, priors, plan, _seed(seed, first), index, before)
         for attempt in range(plan.retries + 1):
-            bad = ~(x.abs() < largest).flatten(1).all(1)
+            bad = ~(x.abs() <= largest).flatten(1).all(1)
             if not bad.any():
                 break
             if attempt == plan.retries:
@@ -367,6 +368,22 @@ def draw(
             "or a lower learning_rate"
         )
     return torch.cat(parts), {"drawn_again": again, "left_out": lost}
+
+
+def _levels(view: View, index: Tensor, before: Tensor) -> Tensor:
+    """What the sources of each of these recordings (B,) may reach: a rare loud one says so itself, and is none too many.
+
+    That is the greatest of the RMS of all sources of the view as they were drawn last, of the peak of the recording's
+    own, and of the peak of what explains most of the recording along A^T y.
+    """
+    operator, y = view.operator.rows(index), view.y[index].double()
+    back = operator.adjoint(y)
+    power = operator(back).flatten(1).square().sum(1)
+    step = back.flatten(1).square().sum(1) / power.clamp(min=1e-30)
+    explained = step * back.flatten(1).abs().amax(1)
+    last = before[index].nan_to_num(0.0).flatten(1).abs().amax(1).double()
+    level = before[before.isfinite()].square().mean().sqrt().double().nan_to_num(0.0)
+    return torch.stack((explained, last, level.expand(len(index)))).amax(0)
 
 
 def _draw_rows(view: View, priors: Sequence[Denoiser], plan: Plan, seed: int, index: Tensor, before: Tensor) -> Tensor:
@@ -401,7 +418,7 @@ def _sample(
     schedule = ve(plan.steps, plan.sigma_min, plan.sigma_max)
     levels = list(range(plan.steps))[::-1]
     if start is not None and plan.again is not None:
-        levels = [t for t in levels if schedule.ratio[t] <= plan.again] or levels[-1:]
+        levels = [t for t in levels if schedule.ratio[t] <= 1.000001 * plan.again] or levels[-1:]
     sampler = ExactMomentMatching(
         JointPrior([(prior, None) for prior in priors]),
         operator=operator,
@@ -519,7 +536,7 @@ class _State:
             "recordings": {view.name: [*view.y.shape, _fingerprint(view.y)] for view in views},
             "mixing": {view.name: [view.sources, _fingerprint(_seen(view))] for view in views},
             "noise": {view.name: _fingerprint(torch.as_tensor(view.noise)) for view in views},
-            "sources": {s.name: [s.covariance, s.rank, s.centred, s.components] for s in sources},
+            "sources": {s.name: [s.covariance, s.rank, s.frame, s.centred, s.components] for s in sources},
             "networks": {s.name: getattr(s.prior.backbone, "config", {}) for s in sources if s.prior is not None},
         }
         about = json.loads(json.dumps(about, default=str))
@@ -541,7 +558,7 @@ class _State:
         starts: dict[str, Start] = {}
         for name in (source.name for source in sources):
             parts = {key.removeprefix(f"{name}/"): held[key] for key in held if key.startswith(f"{name}/")}
-            starts[name] = Mixture(**parts) if "weights" in parts else Gaussian(**parts)
+            starts[name] = next(kind for kind in get_args(Start) if set(parts) == set(kind.__annotations__))(**parts)
         return starts
 
     def keep(self, lap: Lap, priors: Mapping[str, Prior]) -> None:

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from audiosep.errors import UsageError
+from audiosep.multiview_frames import Frames, fit_frames, posterior_of_frames
 from audiosep.operators import Chain, Mask, Mixing, Operator, dense
 from audiosep.prior import Denoiser, GaussianPrior, MixturePrior, NormalPrior, Prior
 from audiosep.schedules import Schedule
@@ -69,28 +70,33 @@ class Source:
     Args:
         name: as the views call it.
         prior: untrained; it is trained in place. None for what needs no more than the start.
-        covariance: of its Gaussian start: "full", "low_rank" (plus a multiple of the identity) or "stationary".
+        covariance: of its Gaussian start: "full", "low_rank" (plus a multiple of the identity), "stationary", or
+            "frames" for long signals, which are stationary in every frame alone (`multiview_frames`).
         rank: of "low_rank".
+        frame: of "frames", in samples.
         centred: its mean is 0, as that of sound is.
-        components: above 1, of the mixture of Gaussians that it starts as.
+        components: above 1, of the mixture of Gaussians that it starts as; of "frames", spectra that a frame may have.
     """
 
     name: str
     prior: Prior | None = None
     covariance: str = "full"
     rank: int = 2
+    frame: int = 128
     centred: bool = False
     components: int = 1
 
     def __post_init__(self) -> None:
-        if self.covariance not in ("full", "low_rank", "stationary"):
-            raise UsageError(f"covariance is 'full', 'low_rank' or 'stationary', got {self.covariance!r}")
+        if self.covariance not in ("full", "low_rank", "stationary", "frames"):
+            raise UsageError(f"covariance is 'full', 'low_rank', 'stationary' or 'frames', got {self.covariance!r}")
+        if self.frame < 1:
+            raise UsageError(f"frame is at least 1 sample, got {self.frame}")
         if self.components < 1:
             raise UsageError(f"components is at least 1, got {self.components}")
-        if self.components > 1 and self.covariance != "full":
+        if self.components > 1 and self.covariance not in ("full", "frames"):
             raise UsageError(
-                f"components = {self.components} takes covariance 'full', got {self.covariance!r}; a source starts "
-                "either as several Gaussians or as one of a special kind"
+                f"components = {self.components} takes covariance 'full' or 'frames', got {self.covariance!r}; "
+                "a source starts either as several Gaussians or as one of a special kind"
             )
 
 
@@ -569,11 +575,13 @@ def posterior_of_mixtures(view: View, mixtures: Mapping[str, Mixture], generator
 # Either
 
 
-Start = Gaussian | Mixture
+Start = Gaussian | Mixture | Frames
 
 
 def fit_start(views: Sequence[View], sources: Sequence[Source], stages: Sequence[Stage], laps: int) -> dict[str, Start]:
-    """Gaussians where every source has one component, else mixtures."""
+    """What the sources start as: spectra of frames, Gaussians where every source has one component, else mixtures."""
+    if any(source.covariance == "frames" for source in sources):
+        return dict(fit_frames(views, sources, stages, laps)[0])
     if all(source.components == 1 for source in sources):
         return dict(fit_gaussians(views, sources, laps)[0])
     return dict(fit_mixtures(views, sources, stages, laps))
@@ -582,6 +590,9 @@ def fit_start(views: Sequence[View], sources: Sequence[Source], stages: Sequence
 def draw_start(view: View, starts: Mapping[str, Start], seed: int) -> Tensor:
     """An exact sample of a view's sources (R, K, N)."""
     generator = torch.Generator().manual_seed(seed)
+    frames = {name: start for name, start in starts.items() if isinstance(start, Frames)}
+    if frames:
+        return posterior_of_frames(view, frames, generator).float()
     mixtures = {name: start for name, start in starts.items() if isinstance(start, Mixture)}
     if mixtures:
         return posterior_of_mixtures(view, mixtures, generator).float()

@@ -3,13 +3,14 @@
 A prior answers at any noise level of any schedule: with s = sigma / alpha the observation x_t / alpha is the clean
 signal in white noise of standard deviation s, whatever the schedule that it came from.
 
-Two parameterisations of a backbone F:
+Three parameterisations of a backbone F:
 
 - ``"eps"``: F(x_t, t) estimates the noise, so E[x_0 | x_t] = (x_t - sigma_t F) / alpha_t (Ho et al. 2020).
 - ``"edm"``: E[x_0 | x] = c_skip x + c_out F(c_in x, t) with c_skip = d^2 / (s^2 + d^2), c_in = 1 / sqrt(s^2 + d^2),
   c_out = s d / sqrt(s^2 + d^2) for data of standard deviation d (Tero Karras et al., "Elucidating the Design Space of
   Diffusion-Based Generative Models", 2022, https://arxiv.org/abs/2206.00364, table 1). A backbone with a mask head
   returns mask * input, so c_out is 1 / c_in there and the mask acts on x itself.
+- ``"direct"``: E[x_0 | x] = d F(x / d, s / d): F is told the noise itself instead of a step, and gives the signal.
 
 B items, N samples, K sources.
 """
@@ -50,7 +51,7 @@ class Prior(nn.Module):
         classes: names of the labels 0, 1, ...; the null class (label None) carries the name `kind`.
         level: RMS of its training signals in dBFS.
         kind: name of what it models: "speech", "sound".
-        parameterization: "eps" or "edm", see the module's text.
+        parameterization: "eps", "edm" or "direct", see the module's text.
         label_dropout: how often `loss` replaces a label by the null class.
     """
 
@@ -67,8 +68,8 @@ class Prior(nn.Module):
         label_dropout: float = 0.1,
     ) -> None:
         super().__init__()
-        if parameterization not in ("eps", "edm"):
-            raise ValueError(f"parameterization is 'eps' or 'edm', not {parameterization!r}")
+        if parameterization not in ("eps", "edm", "direct"):
+            raise ValueError(f"parameterization is 'eps', 'edm' or 'direct', not {parameterization!r}")
         self.backbone, self.schedule = backbone, schedule
         self.sample_rate, self.classes, self.level = sample_rate, tuple(classes), level
         self.kind, self.parameterization = kind, parameterization
@@ -125,6 +126,8 @@ class Prior(nn.Module):
         if self.parameterization == "eps":
             alpha = self.schedule.alpha_of(s)
             return noisy - s * self.backbone(noisy * alpha, t, label)
+        if self.parameterization == "direct":
+            return self.sigma_data * self.backbone(noisy / self.sigma_data, ratio / self.sigma_data, label)
         skip, c_in, c_out = self._coefficients(s)
         return skip * noisy + c_out * self.backbone(c_in * noisy, t, label)
 
@@ -145,8 +148,7 @@ class Prior(nn.Module):
             generator: source of the noise, the levels and the label dropout of a batch without those lists.
 
         Returns:
-            (B,), mean over samples of |E[x_0 | x_t] - x_0|^2 (s^2 + d^2) / (s d)^2 for "edm", of |eps_hat - eps|^2
-            for "eps".
+            (B,), mean over samples of |eps_hat - eps|^2 for "eps", else of |E[x_0 | x_t] - x_0|^2 (s^2 + d^2) / (s d)^2.
         """
         wave = batch["wave"]
         if "seed" in batch:

@@ -12,6 +12,7 @@ LAYERS = {
     "errors": -1,  # every layer raises them
     "audio": 0,
     "stft": 0,
+    "mdct": 0,
     "schedules": 0,
     "metrics": 0,
     "distributed": 0,
@@ -31,6 +32,7 @@ LAYERS = {
     "blind": 2,
     "train": 2,
     "samplers": 3,
+    "multiview_frames": 3,
     "hub": 3,
     "separator": 4,
     "mixtures": 4,

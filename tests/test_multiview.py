@@ -448,7 +448,7 @@ def test_sources_and_stages_that_do_not_fit_are_refused():
         check(views, [source("a"), source("b")], [Stage(("b",), ("view 3",), 1)])
     with pytest.raises(UsageError, match="covariance"):
         source("a", covariance="diagonal")
-    with pytest.raises(UsageError, match="components = 2 takes covariance 'full', got 'stationary'"):
+    with pytest.raises(UsageError, match="components = 2 takes covariance 'full' or 'frames', got 'stationary'"):
         source("a", covariance="stationary", centred=True, components=2)
     with pytest.raises(UsageError, match="at least 1, got 0"):
         source("a", components=0)
