@@ -39,8 +39,6 @@ from torch import Tensor, nn
 from audiosep import train
 from audiosep.errors import AudiosepError, UsageError
 from audiosep.multiview_start import (
-    Gaussian,
-    Mixture,
     Source,
     Stage,
     Start,
@@ -64,6 +62,7 @@ __all__ = [
     "check",
     "draw",
     "fit",
+    "in_words",
     "indistinct",
     "learn",
 ]
@@ -162,7 +161,7 @@ def learn(
     """
     check(views, sources, stages)
     for names in indistinct(views):
-        log.warning("nothing in the views tells %s apart: weigh them differently in some view", " and ".join(names))
+        log.warning(in_words(names))
     seen = {view.name: view.masked() for view in views}
     trained = {source.name: source.prior for source in sources if source.prior is not None}
     state = _State(Path(folder), plan, views, sources, stages)
@@ -302,9 +301,9 @@ def indistinct(views: Sequence[View]) -> list[tuple[str, ...]]:
     """Groups of sources whose second moments no view tells apart; empty is good.
 
     Observations see source k through A_k A_k^T. The matrix of inner products <A_k A_k^T, A_l A_l^T> over all
-    recordings, |A_k^T A_l|^2 each, is singular where sources weigh alike everywhere; a combination of sources that it
-    sends to 0 names them. With one gain per view and source it is the matrix of squared gains, multiplied by its
-    transpose.
+    recordings, |A_k^T A_l|^2 each, is singular where sources weigh alike everywhere; the combinations of sources that
+    it sends to 0 name them. With one gain per view and source it is the matrix of squared gains, multiplied by its
+    transpose. A source that is in no view at all is a group of its own.
     """
     names = sorted({name for view in views for name in view.sources})
     gram = torch.zeros(len(names), len(names), dtype=torch.float64)
@@ -320,13 +319,30 @@ def indistinct(views: Sequence[View]) -> list[tuple[str, ...]]:
             back = operator.adjoint(operator(unit)).square().sum(-1).mean(0) / length
             for i, other in enumerate(view.sources):
                 gram[names.index(other), names.index(name)] += back[i]
-    scale = gram.diagonal().clamp(min=1e-30).rsqrt()
+    heard = gram.diagonal() > 1e-20
+    scale = torch.where(heard, gram.diagonal(), 1.0).rsqrt()
     values, vectors = torch.linalg.eigh(scale[:, None] * (gram + gram.mT) / 2 * scale)
-    groups = []
-    for value, vector in zip(values, vectors.mT):
-        if value < 1e-5:
-            groups.append(tuple(name for name, part in zip(names, vector) if abs(part) > 0.1))
+    lost = vectors[:, values < 1e-5]
+    # Any basis of that space may come out, but there is one projection on it. It ties sources together, or, where it
+    # has several parts, each part's own.
+    tied = (lost @ lost.mT).abs() > 1e-3
+    groups: list[tuple[str, ...]] = []
+    left = [i for i in range(len(names)) if tied[i, i]]
+    while left:
+        group, fresh = set[int](), {left[0]}
+        while fresh:
+            group |= fresh
+            fresh = {j for j in left if any(tied[i, j] for i in fresh)} - group
+        groups.append(tuple(names[i] for i in sorted(group)))
+        left = [i for i in left if i not in group]
     return groups
+
+
+def in_words(group: Sequence[str]) -> str:
+    """What a group of `indistinct` means."""
+    if len(group) == 1:
+        return f"nothing of {group[0]} is in any view: give it a gain"
+    return f"nothing in the views tells {' and '.join(group)} apart: weigh them differently in some view"
 
 
 # E
@@ -371,9 +387,9 @@ def draw(
 
 
 def _levels(view: View, index: Tensor, before: Tensor) -> Tensor:
-    """What the sources of each of these recordings (B,) may reach: a rare loud one says so itself, and is none too many.
+    """What the sources of each of these recordings (B,) are known to reach: a rare loud one says so itself.
 
-    That is the greatest of the RMS of all sources of the view as they were drawn last, of the peak of the recording's
+    It is the greatest of the RMS of all sources of the view as they were drawn last, of the peak of the recording's
     own, and of the peak of what explains most of the recording along A^T y.
     """
     operator, y = view.operator.rows(index), view.y[index].double()

@@ -25,7 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ from audiosep.errors import UsageError
 from audiosep.multiview_start import Gaussian, Source, View, fit_gaussians, posterior
 from audiosep.operators import Matrix
 
-__all__ = ["CLVMVAE", "CPCA", "CVAE", "PCPCA", "CLVMLinear", "Rival", "gaussian_em"]
+__all__ = ["CLVMVAE", "CPCA", "CVAE", "PCPCA", "CLVMLinear", "Rival", "Variational", "gaussian_em"]
 
 JITTER = 1e-6
 
@@ -279,8 +279,8 @@ class CPCA:
 # Variational
 
 
-class CLVMVAE(nn.Module):
-    """Contrastive latent variables with perceptrons: encoders see (y, A), decoders give x_b and x_t.
+class Variational(nn.Module):
+    """What the two variational rivals share: fitting, and drawing.
 
     Args:
         background: its view.
@@ -304,100 +304,99 @@ class CLVMVAE(nn.Module):
     ) -> None:
         super().__init__()
         torch.manual_seed(seed)
-        self.dims, self.noise = dims, float(target.noise)
-        a = _matrix(target)
-        m, n = a.shape[1:]
-        self.of_background = perceptron(m + m * n, 2 * dims, width)
-        self.of_target = perceptron(m + m * n, 4 * dims, width)
-        self.background, self.target = perceptron(dims, n, width), perceptron(dims, n, width)
-        views = [(v.y.float(), _matrix(v).float()) for v in (background, target)]
+        self.dims = dims
+        self.noise = self.build(target, width)
+        data = [self.seen(view) for view in (background, target)]
 
         def loss(generator: torch.Generator) -> Tensor:
             total = torch.zeros(())
-            for both, (y, maps) in enumerate(views):
+            for both, (y, a) in enumerate(data):
                 index = torch.randint(len(y), (512,), generator=generator)
-                mean, log_variance = self.encode(y[index], maps[index], bool(both))
-                latent = mean + (0.5 * log_variance).exp() * torch.randn(mean.shape, generator=generator)
-                x = self.background(latent[:, :dims])
-                if both:
-                    x = x + self.target(latent[:, dims:])
-                left = y[index] - (maps[index] @ x[..., None])[..., 0]
+                mean, log_variance = self.encode(y[index], a[index], bool(both))
+                x = sum(self.decode(_drawn(mean, log_variance, generator)))
+                left = y[index] - (a[index] @ x[..., None])[..., 0]
                 total = total + _evidence(left, self.noise, mean, log_variance)
             return total
 
         _descend(self.parameters(), loss, steps, learning_rate, seed)
 
+    def build(self, target: View, width: int) -> float:
+        """Make the perceptrons; returns the deviation that recordings are taken to have from what is decoded."""
+        raise NotImplementedError
+
+    def seen(self, view: View) -> tuple[Tensor, Tensor]:
+        """Recordings (R, M) and the matrices (R, M, N) that they are seen through."""
+        return view.y.float(), _matrix(view).float()
+
     def encode(self, y: Tensor, a: Tensor, both: bool) -> tuple[Tensor, Tensor]:
         """Mean and log-variance (B, d or 2 d) of the latents."""
+        raise NotImplementedError
+
+    def decode(self, latent: Tensor) -> list[Tensor]:
+        """Sources (B, N) of latents: the background of (B, d), also the target of (B, 2 d)."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def draw(self, view: View, generator: torch.Generator) -> Tensor:
+        return torch.stack(self.decode(_drawn(*self.encode(*self.seen(view), True), generator)), 1).double()
+
+    @torch.no_grad()
+    def prior(self, rows: int, generator: torch.Generator) -> Tensor:
+        return self.decode(torch.randn(rows, 2 * self.dims, generator=generator))[1].double()
+
+
+class CLVMVAE(Variational):
+    """Contrastive latent variables with perceptrons: encoders see (y, A), decoders give x_b and x_t."""
+
+    def build(self, target: View, width: int) -> float:
+        m, n = _matrix(target).shape[1:]
+        self.of_background = perceptron(m + m * n, 2 * self.dims, width)
+        self.of_target = perceptron(m + m * n, 4 * self.dims, width)
+        self.background, self.target = (perceptron(self.dims, n, width) for _ in range(2))
+        return float(target.noise)
+
+    def encode(self, y: Tensor, a: Tensor, both: bool) -> tuple[Tensor, Tensor]:
         net = self.of_target if both else self.of_background
         mean, log_variance = net(torch.cat((y, a.flatten(1)), 1)).chunk(2, 1)
         return mean, log_variance.clamp(-20, 10)
 
-    @torch.no_grad()
-    def draw(self, view: View, generator: torch.Generator) -> Tensor:
-        mean, log_variance = self.encode(view.y.float(), _matrix(view).float(), True)
-        latent = mean + (0.5 * log_variance).exp() * torch.randn(mean.shape, generator=generator)
-        d = self.dims
-        return torch.stack((self.background(latent[:, :d]), self.target(latent[:, d:])), 1).double()
-
-    @torch.no_grad()
-    def prior(self, rows: int, generator: torch.Generator) -> Tensor:
-        return self.target(torch.randn(rows, self.dims, generator=generator)).double()
+    def decode(self, latent: Tensor) -> list[Tensor]:
+        background = self.background(latent[:, : self.dims])
+        return [background, self.target(latent[:, self.dims :])] if latent.shape[1] > self.dims else [background]
 
 
-class CVAE(nn.Module):
+class CVAE(Variational):
     """Contrastive autoencoder of complete data: one decoder of (z, t), with t = 0 in the background.
 
-    The arguments are those of `CLVMVAE`. The target is what t adds: f(z, t) - f(z, 0).
+    The target is what t adds: f(z, t) - f(z, 0). Nothing asks t to say what z can say alone: with as many z as there
+    are numbers t goes unused, and the target is 0. So the default is two of each.
     """
 
-    def __init__(
-        self,
-        background: View,
-        target: View,
-        dims: int = 5,
-        width: int = 256,
-        steps: int = 4000,
-        learning_rate: float = 1e-3,
-        seed: int = 0,
-    ) -> None:
-        super().__init__()
-        torch.manual_seed(seed)
-        self.dims, self.noise = dims, 10 * float(target.noise)
-        data = [_backwards(view).float() for view in (background, target)]
-        n = data[0].shape[1]
-        self.encoder, self.decoder = perceptron(n, 4 * dims, width), perceptron(2 * dims, n, width)
+    def __init__(self, background: View, target: View, dims: int = 2, **options: Any) -> None:
+        super().__init__(background, target, dims, **options)
 
-        def loss(generator: torch.Generator) -> Tensor:
-            total = torch.zeros(())
-            for both, x in enumerate(data):
-                rows = x[torch.randint(len(x), (512,), generator=generator)]
-                mean, log_variance = self.encode(rows, bool(both))
-                latent = mean + (0.5 * log_variance).exp() * torch.randn(mean.shape, generator=generator)
-                latent = latent if both else nn.functional.pad(latent, (0, dims))
-                total = total + _evidence(rows - self.decoder(latent), self.noise, mean, log_variance)
-            return total
+    def build(self, target: View, width: int) -> float:
+        n = _matrix(target).shape[2]
+        self.encoder, self.decoder = perceptron(n, 4 * self.dims, width), perceptron(2 * self.dims, n, width)
+        return 10 * float(target.noise)
 
-        _descend(self.parameters(), loss, steps, learning_rate, seed)
+    def seen(self, view: View) -> tuple[Tensor, Tensor]:
+        x = _backwards(view).float()
+        return x, torch.eye(x.shape[1]).expand(len(x), -1, -1)
 
-    def encode(self, x: Tensor, both: bool) -> tuple[Tensor, Tensor]:
-        mean, log_variance = self.encoder(x).chunk(2, 1)
+    def encode(self, y: Tensor, a: Tensor, both: bool) -> tuple[Tensor, Tensor]:
+        mean, log_variance = self.encoder(y).chunk(2, 1)
         count = 2 * self.dims if both else self.dims
         return mean[:, :count], log_variance[:, :count].clamp(-20, 10)
 
-    @torch.no_grad()
-    def draw(self, view: View, generator: torch.Generator) -> Tensor:
-        mean, log_variance = self.encode(_backwards(view).float(), True)
-        latent = mean + (0.5 * log_variance).exp() * torch.randn(mean.shape, generator=generator)
-        return self._apart(latent)
+    def decode(self, latent: Tensor) -> list[Tensor]:
+        alone = torch.cat((latent[:, : self.dims], torch.zeros_like(latent[:, : self.dims])), 1)
+        background = self.decoder(alone)
+        return [background, self.decoder(latent) - background] if latent.shape[1] > self.dims else [background]
 
-    @torch.no_grad()
-    def prior(self, rows: int, generator: torch.Generator) -> Tensor:
-        return self._apart(torch.randn(rows, 2 * self.dims, generator=generator))[:, 1]
 
-    def _apart(self, latent: Tensor) -> Tensor:
-        background = self.decoder(torch.cat((latent[:, : self.dims], 0 * latent[:, self.dims :]), 1))
-        return torch.stack((background, self.decoder(latent) - background), 1).double()
+def _drawn(mean: Tensor, log_variance: Tensor, generator: torch.Generator) -> Tensor:
+    return mean + (0.5 * log_variance).exp() * torch.randn(mean.shape, generator=generator)
 
 
 def perceptron(size: int, out: int, width: int) -> nn.Sequential:

@@ -59,7 +59,7 @@ class Frames:
         return FramesPrior(self, schedule)
 
     def split(self, count: int, generator: torch.Generator) -> Frames:
-        """At most twice as many spectra: those of the largest weight become a louder and a fainter one, tilted apart."""
+        """At most twice as many spectra: those of most weight become a louder and a fainter one of other colour."""
         chosen = self.weights.topk(min(count - len(self.weights), len(self.weights))).indices
         shape = self.spectra[chosen].shape
         apart = 0.5 * torch.randn(shape, generator=generator, dtype=torch.float64) + 0.7

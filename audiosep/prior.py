@@ -148,7 +148,8 @@ class Prior(nn.Module):
             generator: source of the noise, the levels and the label dropout of a batch without those lists.
 
         Returns:
-            (B,), mean over samples of |eps_hat - eps|^2 for "eps", else of |E[x_0 | x_t] - x_0|^2 (s^2 + d^2) / (s d)^2.
+            (B,), mean over samples of |eps_hat - eps|^2 for "eps", of |E[x_0 | x_t] - x_0|^2 (s^2 + d^2) / (s d)^2 for
+            the others.
         """
         wave = batch["wave"]
         if "seed" in batch:

@@ -268,7 +268,7 @@ def test_gibbs_leaves_exact_posterior_samples_as_they_are():
 
 
 def views_of(*gains):
-    names = tuple("abc"[: len(gains[0])])
+    names = tuple("abcd"[: len(gains[0])])
     return [View(str(i), names, torch.zeros(4, 1, 8), Mixing(torch.tensor([g])), 0.1) for i, g in enumerate(gains)]
 
 
@@ -281,6 +281,13 @@ def views_of(*gains):
         ([[1.0, 1.0], [1.0, -1.0]], [("a", "b")]),  # signs don't show in second moments
         ([[1.0, 1.0, 0.0], [1.0, 1.0, 1.0], [0.0, 0.0, 1.0]], [("a", "b")]),
         ([[1.0, 1.0, 1.0], [1.0, 0.0, 1.0]], [("a", "c")]),
+        # More than one combination is lost: all three are alike, or only the pairs of two and two.
+        ([[1.0, 1.0, 1.0], [2.0, 2.0, 2.0]], [("a", "b", "c")]),
+        ([[1.0, 2.0, 0.0, 0.0], [1.0, 2.0, 1.0, 3.0]], [("a", "b"), ("c", "d")]),
+        ([[1.0, 0.0, 1.0, 0.0], [1.0, 1.0, 1.0, 1.0]], [("a", "c"), ("b", "d")]),
+        ([[1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 0.0]], [("a", "b", "c")]),
+        ([[1.0, 0.0, 0.5], [1.0, 0.0, 0.2]], [("b",)]),  # nothing of b is anywhere
+        ([[1.0, 0.0, 1.0, 1.0], [1.0, 0.0, 1.0, 1.0]], [("a", "c", "d"), ("b",)]),
     ],
 )
 def test_sources_that_weigh_alike_in_all_views_are_named(gains, groups):
@@ -384,6 +391,41 @@ def test_what_diverges_is_drawn_again_then_left_out_and_counted():
     few = View("two", ("a",), view.y[:2], view.operator.rows(slice(0, 2)), 0.05)
     with pytest.raises(AudiosepError, match=r"two.*diverged"):
         draw(few, [Diverges(prior, 9)], plan, 0, before[:2])
+
+
+def test_a_rare_loud_event_has_not_diverged():
+    """One recording in two hundred is a thousand times louder than the others; what explains it stays."""
+    known = gaussians()["a"]
+    often = Mixture(
+        torch.tensor([0.99, 0.01]).double(),
+        torch.stack([known.mean] * 2),
+        torch.stack((known.covariance, 1e6 * known.covariance)),
+    )
+    view = contrastive(200)[0]
+    start = posterior(view, {"a": known}, torch.Generator().manual_seed(0))
+    y = view.y.clone()
+    y[7] *= 1000
+    plan = Plan(steps=48, sigma_min=1e-2, sigma_max=3000.0, corrections=0)
+    x, counts = draw(replace(view, y=y), [often.prior(ve(2, 1e-2, 10.0))], plan, 0, start)
+    assert x.isfinite().all()
+    assert counts == {"drawn_again": 0, "left_out": 0}
+    assert x[7].abs().max() > 100 * start.square().mean().sqrt()
+    # The same answer to a recording of the usual level is no event, but a failure.
+    x, counts = draw(view, [_Louder(known.prior(ve(2, 1e-2, 10.0)))], plan, 0, start)
+    assert counts["left_out"] == 1
+    assert x[7].isnan().all()
+
+
+class _Louder:
+    """A prior whose answers for item 7 are far too large."""
+
+    def __init__(self, prior):
+        self.prior, self.schedule = prior, prior.schedule
+
+    def denoise(self, x_t, t, label=None, schedule=None):
+        factor = torch.ones(len(x_t), 1, dtype=x_t.dtype)
+        factor[7 if len(x_t) > 7 else 0] = 1000
+        return factor * self.prior.denoise(x_t, t, label, schedule)
 
 
 def test_what_was_left_out_of_a_lap_is_drawn_from_noise_in_the_next():
