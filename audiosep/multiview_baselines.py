@@ -313,7 +313,7 @@ class Variational(nn.Module):
             for both, (y, a) in enumerate(data):
                 index = torch.randint(len(y), (512,), generator=generator)
                 mean, log_variance = self.encode(y[index], a[index], bool(both))
-                x = sum(self.decode(_drawn(mean, log_variance, generator)))
+                x = torch.stack(self.decode(_drawn(mean, log_variance, generator))).sum(0)
                 left = y[index] - (a[index] @ x[..., None])[..., 0]
                 total = total + _evidence(left, self.noise, mean, log_variance)
             return total
