@@ -517,7 +517,14 @@ class Job:
     def _prepare(self) -> int:
         """Make what separates ready; how many steps it takes per sample."""
         self.sampler = self.separator.sampler_for(self.sources)
-        return len(self.sampler.times)
+        steps = len(self.sampler.times)
+        if self.sampler.evaluations > steps:
+            log.warning(
+                "%s takes up to %d network evaluations per step, forward and backward, where others take one",
+                self.separator.sampler,
+                self.sampler.evaluations // steps,
+            )
+        return steps
 
     def run(self, blocks: Iterable[np.ndarray]) -> Iterator[Piece]:
         """Separate a stream of blocks (C, n)."""
@@ -630,7 +637,7 @@ class Job:
             for state in self.sampler(y, noise):
                 x = state.x
                 self.done += count
-                self.evaluations += len(y) * len(self.sources)
+                self.evaluations += len(y) * len(self.sources) * self.sampler.passes
                 if self.progress is not None:
                     self.progress(self.done, self.total, f"step {state.step}/{state.steps}")
         if not x.isfinite().all():

@@ -46,6 +46,20 @@ def test_sources_come_out_as_each_channel_has_them(channels, sampler):
     assert result.report["sampler"]["name"] == (sampler or "mmps")
 
 
+def test_the_exact_sampler_says_what_it_costs(caplog):
+    x = 0.1 * np.random.default_rng(1).standard_normal((2, 8000))
+    with caplog.at_level("WARNING", "audiosep"):
+        dear = separator(GAINS[:2], sampler="mmps-exact")(x, 16000)
+        said = caplog.text
+        cheap = separator(GAINS[:2])(x, 16000)
+    assert "up to 9 network evaluations per step" in said
+    assert caplog.text == said
+    steps = dear.report["sampler"]["steps"] * 2 * 2  # sources and samples
+    # White sources are solved in an iteration or two, and one pass lifts the answer.
+    more = dear.report["network_evaluations"] - cheap.report["network_evaluations"]
+    assert steps <= more <= 8 * steps
+
+
 @pytest.mark.parametrize("sampler", [None, "mmps-exact"])
 def test_one_channel_of_two_white_sources_is_shared_out_by_their_gains(sampler):
     x = 0.1 * np.random.default_rng(1).standard_normal((1, 8000))

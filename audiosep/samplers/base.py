@@ -97,6 +97,7 @@ class Sampler:
     """
 
     needs_gradient = False
+    passes = 1  # network evaluations per source that the last step took
 
     def __init__(
         self,
@@ -128,7 +129,7 @@ class Sampler:
 
     @property
     def evaluations(self) -> int:
-        """Network evaluations per source and run; a forward and its backward pass count as one."""
+        """Network evaluations per source and run, at most; a forward and its backward pass count as one."""
         return len(self.times)
 
     def __call__(self, y: Tensor, noise: Noise) -> Iterator[State]:

@@ -79,6 +79,11 @@ class ExactMomentMatching(Sampler):
         self.direct, self.iterations, self.tolerance = direct, iterations, tolerance
         self.tau, self.length, self.start_from = tau, length, start_from
 
+    @property
+    def evaluations(self) -> int:
+        """One for every backward pass of a step: M of few observed numbers, else one per iteration and one more."""
+        return len(self.times) * (self.iterations + 1)
+
     def start(self, y: Tensor, noise: Noise) -> Tensor:
         """The initial state (B, K, N)."""
         if self.init == "mixture" and y.ndim == 2 and self.start_from is None:
@@ -91,9 +96,11 @@ class ExactMomentMatching(Sampler):
         """E[x_0 | x_t, y] (B, K, N)."""
         estimate = super().denoise(x_t, y, i)
         scale = self.ratios[i] ** 2 * self.alphas[i]
+        self.passes = 0
 
         def lift(w: Tensor) -> Tensor:
             """V A^T w (B, K, N) for w (B, ...)."""
+            self.passes += 1
             back = self.operator.adjoint(w).to(estimate)
             return scale * torch.autograd.grad(estimate, x_t, back, retain_graph=True)[0]
 

@@ -7,7 +7,7 @@ voices on top, both sources at the same level, at 8 kHz, in pieces of a second. 
 Held-out mixtures of the test split, two seconds each, are then separated with
 
     spectra        the start: a frame of 16 ms of a source has one of a few spectra
-    Joint          the priors after the laps: small networks (`backbones.wiener`), means of a few posterior samples
+    Joint          the priors after the laps, small networks (`backbones.wiener`): the Wiener filter of a few samples
     clean          the same two, learned from each source alone: what knowing clean voices would give
     Gaussian EM    a power spectrum per source, from the same views: the Wiener filter
     NMF            spectra of each source with KL divergence: the machines' from "alone", then the voices' from "both";
@@ -76,11 +76,18 @@ def halves(waves: Tensor) -> Tensor:
 
 
 def by_priors(start: dict[str, Frames], priors: list[Denoiser], plan: Plan, waves: Tensor) -> Tensor:
-    """Voices (S, T): the mean of joint samples that go on from what the start makes of the mixtures."""
+    """Voices (S, T): Wiener's filter of the sources' mean powers in joint samples.
+
+    The samples go on from what the start makes of the mixtures. Their own mean would take many more of them.
+    """
     mixed = view("test", NAMES, waves)
     mean = posterior_of_frames(mixed, start).float()
-    drawn = [draw(mixed, priors, plan, seed, mean)[0][:, 1] for seed in range(DRAWS)]
-    return torch.stack(drawn).nanmean(0).nan_to_num(0.0)
+    powers = []
+    for seed in range(DRAWS):
+        x = draw(mixed, priors, plan, seed, mean)[0]
+        powers.append(stft(torch.where(x.isfinite(), x, mean), N_FFT, HOP).abs().square())
+    machine, voice = torch.stack(powers).mean(0).unbind(1)
+    return masked(waves, voice, machine)
 
 
 def masked(waves: Tensor, voice: Tensor, machine: Tensor) -> Tensor:
@@ -148,7 +155,7 @@ def main() -> None:
     parser.add_argument("--components", type=int, default=16, help="spectra of a source")
     parser.add_argument("--start-laps", type=int, default=10)
     parser.add_argument("--laps", type=int, default=4, help="of the voice's prior")
-    parser.add_argument("--steps", type=int, default=700, help="of training per lap")
+    parser.add_argument("--steps", type=int, default=800, help="of training per lap")
     parser.add_argument("--width", type=int, default=64)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -181,7 +188,7 @@ def main() -> None:
         for name in NAMES:
             torch.manual_seed(0)
             prior = Prior(
-                Wiener(2 * FRAME, options.width), ve(200, 2e-2, 20.0), sample_rate=RATE, level=0.0,
+                Wiener(N_FFT, options.width, depth=5), ve(200, 2e-2, 6.0), sample_rate=RATE, level=0.0,
                 parameterization="direct",
             )  # fmt: skip
             made.append(
