@@ -2,17 +2,18 @@
 
     [learn]                      # arguments of `Settings`
     sample_rate = 8000
-    block = 64
+    block = 8064
 
     [plan]                       # arguments of `multiview.Plan`
-    max_steps = 2000
+    max_steps = 800
 
     [backbone]                   # as in a training recipe
-    name = "mlp"
-    width = 256
+    name = "wiener"
+    n_fft = 512
 
     [sources.room]               # arguments of `multiview_start.Source`, but name and prior
-    components = 8
+    covariance = "frames"
+    components = 16
 
     [sources.bird]
 
@@ -247,10 +248,16 @@ def _prior(name: str, table: Mapping[str, Any], plan: Plan, settings: Settings) 
     kind = arguments.pop("name", "mlp")
     if kind not in hub.BACKBONES:
         raise UsageError(f"backbone.name is one of {', '.join(hub.BACKBONES)}, got {kind!r}")
-    more = {"dim": settings.block} if kind == "mlp" else {"num_classes": 0}
+    more = {"mlp": {"dim": settings.block}, "wiener": {}}.get(kind, {"num_classes": 0})
     backbone = build(hub.BACKBONES[kind], arguments, "backbone", **more)
-    schedule = ve(200, plan.sigma_min, plan.sigma_max)
-    return Prior(backbone, schedule, sample_rate=settings.sample_rate, level=LEVEL, kind=name, parameterization="edm")
+    return Prior(
+        backbone,
+        ve(200, plan.sigma_min, plan.sigma_max),
+        sample_rate=settings.sample_rate,
+        level=LEVEL,
+        kind=name,
+        parameterization=getattr(backbone, "parameterization", "edm"),
+    )
 
 
 def _save(source: Source, out: Path, views: Sequence[View], row: Mapping[str, Any]) -> None:

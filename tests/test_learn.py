@@ -64,9 +64,20 @@ def as_toml(tables):
     return "\n".join(lines)
 
 
-def test_what_was_never_alone_is_learned_and_separated(folders):
+def long_blocks(folder):
+    """Spectra per frame to start from, and networks of Wiener gains."""
+    read = tables(folder)
+    read["learn"] = {"sample_rate": RATE, "block": 1024, "laps": 1}
+    read["plan"] = {"max_steps": 150, "batch_size": 8, "steps": 8, "corrections": 0, "start_laps": 10, "rows": 8}
+    read["backbone"] = {"name": "wiener", "n_fft": 128, "width": 24, "depth": 1}
+    read["sources"] = {name: {"covariance": "frames", "frame": 64, "components": 2} for name in ("hum", "hiss")}
+    return read
+
+
+@pytest.mark.parametrize("made", [tables, long_blocks])
+def test_what_was_never_alone_is_learned_and_separated(folders, made):
     file = folders / "views.toml"
-    file.write_text(as_toml(tables(folders)))
+    file.write_text(as_toml(made(folders)))
     result = CliRunner().invoke(app, ["learn", str(file), "-o", str(folders / "priors"), "--json"])
     assert result.exit_code == 0, result.output
     facts = json.loads(result.stdout.splitlines()[-1])
