@@ -44,7 +44,7 @@ from torch import Tensor
 
 from audiosep import audio, hub, report
 from audiosep.errors import AudioError, UsageError
-from audiosep.multiview import LOG, Lap, Plan, in_words, indistinct, learn
+from audiosep.multiview import LOG, Lap, Plan, in_words, indistinct, learn, strangers
 from audiosep.multiview_start import Source, Stage, View
 from audiosep.operators import Mixing
 from audiosep.prior import Prior
@@ -83,6 +83,10 @@ class Settings:
     def __post_init__(self) -> None:
         if self.sample_rate < 1 or self.block < 2 or self.laps < 1 or self.most < 1:
             raise UsageError("sample_rate, laps and most are at least 1, block at least 2")
+        if not -80 <= self.noise_db <= 0:
+            raise UsageError(
+                f"noise_db is from -80 to 0, got {self.noise_db}: with less the equations are not to be solved"
+            )
 
 
 def run(
@@ -117,6 +121,7 @@ def run(
     stages = stages_of(views, names, settings.laps)
     total = sum(stage.laps for stage in stages)
     warnings = [in_words(group) for group in indistinct(views)]
+    warnings += [f"views {group} share no source with the others" for group in strangers(views)]
     for lap in learn(views, sources, stages, plan, out / "run"):
         done = sum(stage.laps for stage in stages[: lap.stage]) + lap.lap
         if progress is not None:
@@ -163,7 +168,7 @@ def read_views(
         if unknown:
             raise UsageError(f"[views.{name}] has gains of {', '.join(sorted(unknown))}: no such source")
         mixings[name] = (tuple(gains), torch.from_numpy(_matrix(name, gains)))
-        found, bad = _read_folder(Path(folder), len(mixings[name][1]), settings)
+        found, bad = _read_folder(name, Path(folder), len(mixings[name][1]), settings)
         left_out |= bad
         if not len(found):
             reasons = "".join(f"; {path}: {reason}" for path, reason in bad.items())
@@ -176,6 +181,8 @@ def read_views(
     gain = (expected / max(power[loudest], 1e-20)) ** 0.5
     views = []
     for name, y in blocks.items():
+        if power[name] < 1e-12:
+            raise UsageError(f"[views.{name}]: all recordings in {tables[name]['folder']} are silent")
         noise = 10 ** (settings.noise_db / 20) * gain * max(power[name], 1e-20) ** 0.5
         views.append(View(name, mixings[name][0], gain * y, Mixing(mixings[name][1]), noise))
     for path, reason in left_out.items():
@@ -201,18 +208,20 @@ def _matrix(view: str, gains: Mapping[str, Any]) -> np.ndarray:
     return matrix
 
 
-def _read_folder(folder: Path, channels: int, settings: Settings) -> tuple[Tensor, dict[str, str]]:
+def _read_folder(view: str, folder: Path, channels: int, settings: Settings) -> tuple[Tensor, dict[str, str]]:
     """Blocks (R, C, N) of a folder's recordings, and those left out with the reason."""
+    if not folder.exists():
+        raise UsageError(f"[views.{view}]: {folder}: no such folder")
     try:
         paths = [path for path, _ in audio.find_audio([folder])]
     except AudioError as error:
-        raise UsageError(str(error)) from error
+        raise UsageError(f"[views.{view}]: {error}") from error
     parts, left_out = [], {}
     for path in paths:
         try:
             wave, rate = audio.read(path)
         except AudioError as error:
-            left_out[str(path)] = str(error)
+            left_out[str(path)] = str(error).removeprefix(f"{path}: ")
             continue
         if not np.isfinite(wave).all():
             left_out[str(path)] = "it holds NaN or infinite samples"

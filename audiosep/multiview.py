@@ -65,6 +65,7 @@ __all__ = [
     "in_words",
     "indistinct",
     "learn",
+    "strangers",
 ]
 
 LOG = "laps.jsonl"
@@ -126,6 +127,19 @@ class Plan:
     def __post_init__(self) -> None:
         if self.method not in ("joint", "gibbs"):
             raise UsageError(f"method is 'joint' or 'gibbs', got {self.method!r}")
+        for name in ("rounds", "steps", "iterations", "rows", "max_steps", "batch_size", "start_laps"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} is at least 1, got {getattr(self, name)}")
+        for name in ("corrections", "retries"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"{name} is at least 0, got {getattr(self, name)}")
+        for name in ("tau", "sigma_min", "limit", "learning_rate"):
+            if not getattr(self, name) > 0:
+                raise UsageError(f"{name} is above 0, got {getattr(self, name)}")
+        if not self.sigma_min < self.sigma_max:
+            raise UsageError(f"sigma_max is above sigma_min, {self.sigma_min}, got {self.sigma_max}")
+        if self.again is not None and not self.again > 0:
+            raise UsageError(f"again is above 0, or left out, got {self.again}")
 
 
 @dataclass
@@ -160,8 +174,12 @@ def learn(
         AudiosepError: training or sampling has failed for good.
     """
     check(views, sources, stages)
-    for names in indistinct(views):
-        log.warning(in_words(names))
+    for group in indistinct(views):
+        if len(group) == 1:
+            raise UsageError(in_words(group))
+        log.warning(in_words(group))
+    for group in strangers(views):
+        log.warning("views %s share no source with the others: nothing is learned from one for the other", group)
     seen = {view.name: view.masked() for view in views}
     trained = {source.name: source.prior for source in sources if source.prior is not None}
     state = _State(Path(folder), plan, views, sources, stages)
@@ -336,6 +354,19 @@ def indistinct(views: Sequence[View]) -> list[tuple[str, ...]]:
         groups.append(tuple(names[i] for i in sorted(group)))
         left = [i for i in left if i not in group]
     return groups
+
+
+def strangers(views: Sequence[View]) -> list[str]:
+    """Names of the views, joined, in every set of them that shares no source with the others; empty if all do."""
+    left, sets = list(views), []
+    while left:
+        names, held = set(left[0].sources), [left[0]]
+        while more := [v for v in left if names & set(v.sources) and not any(v is one for one in held)]:
+            held += more
+            names.update(*(view.sources for view in more))
+        sets.append(", ".join(view.name for view in held))
+        left = [view for view in left if not any(view is one for one in held)]
+    return sets if len(sets) > 1 else []
 
 
 def in_words(group: Sequence[str]) -> str:

@@ -107,7 +107,7 @@ def test_recordings_that_can_not_be_used_are_named_and_left_out(folders, caplog)
     views, left_out = learn.read_views(read["views"], ["hum", "hiss"], learn.Settings(RATE, 32))
     reasons = {path.rsplit("/")[-1]: reason for path, reason in left_out.items()}
     assert set(reasons) == {"bad.wav", "short.wav", "stereo.wav", "text.wav"}
-    assert "NaN" in reasons["bad.wav"]
+    assert reasons["bad.wav"].startswith("holds NaN")
     assert "2 channels" in reasons["stereo.wav"]
     assert len(views[1].y) == 3 * (2 * RATE // 32)
     assert "bad.wav: left out" in caplog.text
@@ -127,10 +127,15 @@ def test_recordings_that_can_not_be_used_are_named_and_left_out(folders, caplog)
         ({"folder": "alone", "gains": {"hum": True}}, "finite numbers"),
         ({"folder": "alone", "gains": {"hum": 0.0}}, "all gains are 0"),
         ({"folder": "alone", "gains": {"hum": float("nan")}}, "finite"),
-        ({"folder": "nowhere", "gains": {"hum": 1.0}}, "nowhere"),
+        ({"folder": "nowhere", "gains": {"hum": 1.0}}, r"views.x\]: .*nowhere: no such folder"),
+        ({"folder": "empty", "gains": {"hum": 1.0}}, r"views.x\]: .*no recordings in this directory"),
+        ({"folder": "silent", "gains": {"hum": 1.0}}, r"views.x\]: all recordings in .* are silent"),
     ],
 )
 def test_views_that_do_not_fit_are_refused(folders, view, message):
+    (folders / "empty").mkdir()
+    (folders / "silent").mkdir()
+    sf.write(folders / "silent" / "0.wav", np.zeros(400), RATE)
     view = {**view, "folder": str(folders / view["folder"])}
     with pytest.raises(UsageError, match=message):
         learn.read_views({"x": view}, ["hum", "hiss"], learn.Settings(RATE, 32))
@@ -140,6 +145,9 @@ def test_tables_that_are_no_tables_are_refused(folders):
     with pytest.raises(UsageError, match=r"\[views.x\] takes folder"):
         learn.read_views({"x": 3}, ["hum"], learn.Settings(RATE, 32))
     for changed, message in (
+        ({"learn": {"noise_db": float("-inf")}}, "noise_db is from -80 to 0"),
+        ({"learn": {"noise_db": float("nan")}}, "noise_db is from -80 to 0"),
+        ({"plan": {"tau": -1.0}}, "tau is above 0"),
         ({"views": 3}, "views"),
         ({"sources": ["hum"]}, "sources"),
         ({"sources": {"hum": 3, "hiss": {}}}, "sources.hum"),

@@ -9,7 +9,7 @@ import torch
 
 from audiosep.backbones.mlp import MLP
 from audiosep.errors import AudiosepError, UsageError
-from audiosep.multiview import Plan, check, draw, indistinct, learn
+from audiosep.multiview import Plan, check, draw, indistinct, learn, strangers
 from audiosep.multiview_start import (
     Gaussian,
     Mixture,
@@ -496,6 +496,25 @@ def test_sources_and_stages_that_do_not_fit_are_refused():
         source("a", components=0)
     with pytest.raises(UsageError, match="gibs"):
         Plan(method="gibs")
+    for wrong in ({"steps": 0}, {"corrections": -1}, {"limit": 0.0}, {"sigma_min": 20.0}, {"again": 0.0}):
+        with pytest.raises(UsageError, match=r"at least|above"):
+            Plan(**wrong)
+
+
+def test_views_without_a_common_source_are_named(tmp_path, caplog):
+    a, both = contrastive(20)
+    alone = View("alone", ("c",), a.y, a.operator, a.noise)
+    assert strangers([a, both]) == []
+    assert strangers([a, alone, both]) == ["view 1, view 2", "alone"]
+    stages = [Stage(("a", "c"), ("view 1", "alone"), 1)]
+    next(learn([a, alone], [source("a"), source("c")], stages, Plan(start_laps=1), tmp_path))
+    assert "views alone share no source with the others" in caplog.text
+
+
+def test_a_source_without_any_gain_is_refused(tmp_path):
+    views = [View(str(i), ("a", "b"), normal(4, 1, N), Mixing(torch.tensor([[1.0, 0.0]]))) for i in range(2)]
+    with pytest.raises(UsageError, match="nothing of b is in any view"):
+        next(learn(views, [source("a"), source("b")], [Stage(("a", "b"), ("0",), 1)], Plan(), tmp_path))
 
 
 def test_a_perceptron_takes_a_longer_signal_vector_by_vector():
