@@ -1,10 +1,17 @@
 """Several channels with known gains, separated together."""
 
+import json
+
 import numpy as np
 import pytest
+import soundfile as sf
 import torch
 from torch import nn
+from typer.testing import CliRunner
 
+from audiosep import hub
+from audiosep.backbones.wiener import Wiener
+from audiosep.cli import app
 from audiosep.errors import UsageError
 from audiosep.mixing import read_mixing
 from audiosep.prior import Prior
@@ -66,6 +73,48 @@ def test_one_channel_of_two_white_sources_is_shared_out_by_their_gains(sampler):
     result = separator([[2.0, 1.0]], sampler=sampler)(x, 16000)
     mean = [np.vdot(stem, x) / np.vdot(x, x) for stem in result.sources.values()]
     assert mean == pytest.approx([0.8, 0.2], abs=0.05)
+
+
+def test_the_command_takes_a_matrix_and_the_exact_sampler(tmp_path):
+    """Two channels of two sources, and one of them: checkpoints on the disk, a matrix in a file, stems in files."""
+    for name in ("a", "b"):
+        torch.manual_seed(0)
+        prior = Prior(Wiener(64, 8, 1), ve(), kind=name, parameterization="direct")
+        card = {"title": name, "description": "", "licence": "", "data": ""}
+        hub.save_prior(prior, tmp_path / name, card, torch.float32)
+    x = 0.1 * np.random.default_rng(0).standard_normal((2, 8000))
+    gains = GAINS[:2]
+    np.savetxt(tmp_path / "A.csv", gains, delimiter=",")
+    np.savetxt(tmp_path / "one.csv", gains[:1], delimiter=",")
+    sf.write(tmp_path / "two.wav", (gains @ x).T, 16000, subtype="FLOAT")
+    sf.write(tmp_path / "one.wav", gains[0] @ x, 16000, subtype="FLOAT")
+
+    def run(file, matrix):
+        given = [str(tmp_path / file), "-n", f"{tmp_path / 'a'},{tmp_path / 'b'}", "--mixing", str(tmp_path / matrix)]
+        more = [
+            "--sampler",
+            "mmps-exact",
+            "--steps",
+            "6",
+            "--samples",
+            "1",
+            "-o",
+            str(tmp_path / "out"),
+            "--overwrite",
+            "--json",
+        ]
+        return CliRunner().invoke(app, ["separate", *given, *more])
+
+    result = run("two.wav", "A.csv")
+    assert result.exit_code == 0, result.output
+    for k, path in enumerate(json.loads(result.stdout.splitlines()[-1])["stems"].values()):
+        truth = gains[:, k, None] * x[k]
+        assert np.square(sf.read(path)[0].T - truth).sum() < 0.01 * np.square(truth).sum()
+    assert "network evaluations per step" in result.stderr
+    assert run("one.wav", "one.csv").exit_code == 0
+    wrong = run("two.wav", "one.csv")
+    assert wrong.exit_code != 0
+    assert "1 rows, the recording 2 channels" in wrong.stderr
 
 
 def test_matrices_that_do_not_fit_are_refused(tmp_path):

@@ -120,6 +120,36 @@ def test_denoiser_is_exact_on_gaussian_sources(sigma, direct):
     assert (found - exact).abs().max() < 1e-10
 
 
+@pytest.mark.parametrize("direct", [0, 99])
+@pytest.mark.parametrize("name", operators())
+def test_denoiser_is_exact_through_every_operator(name, direct):
+    operator, sigma, noise = operators()[name], 0.7, 0.2
+    root = torch.randn(K, N, N, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    covariances = root @ root.mT / N + 0.1 * torch.eye(N)
+    schedule = ve(2, sigma, 20.0)
+    priors = [(NormalPrior(torch.zeros(N, dtype=torch.float64), c, schedule), None) for c in covariances]
+    sampler = ExactMomentMatching(
+        JointPrior(priors), operator=operator, noise=noise, schedule=schedule, t_init=None, init="noise", direct=direct,
+        shared_noise=False, length=N, iterations=60, tolerance=1e-14,
+    )  # fmt: skip
+    x_t = torch.randn(B, K, N, dtype=torch.float64).requires_grad_()
+    y = operator(torch.randn(B, K, N, dtype=torch.float64))
+    with torch.enable_grad():
+        found = sampler.denoise(x_t, y, 1)
+    a = dense(operator, N).transpose(1, 2).flatten(2)  # (B or 1, M, K N)
+    precision = (
+        torch.linalg.inv(torch.block_diag(*covariances)) + torch.eye(K * N).double() / sigma**2 + a.mT @ a / noise**2
+    )
+    right = x_t.detach().flatten(1) / sigma**2 + (a.mT @ y.flatten(1)[..., None])[..., 0] / noise**2
+    assert (found.flatten(1) - torch.linalg.solve(precision, right[..., None])[..., 0]).abs().max() < 1e-10
+
+
+def test_gains_may_be_given_as_they_are():
+    oracle, gains = Oracle(), torch.tensor([[1.0, 0.5], [0.2, -1.0]], dtype=torch.float64)
+    oracle.operator = gains
+    assert torch.equal(oracle.sampler().operator(torch.ones(1, K, 3).double()), gains @ torch.ones(1, K, 3).double())
+
+
 def test_few_iterations_are_not_exact():
     """So the test above would notice a solver that stops early."""
     oracle = Oracle()

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from audiosep.errors import UsageError
-from audiosep.operators import Operator
+from audiosep.operators import Mixing, Operator
 from audiosep.prior import JointPrior
 from audiosep.samplers.base import Noise, Sampler
 
@@ -39,7 +39,8 @@ class ExactMomentMatching(Sampler):
 
     Args:
         prior: the K sources' priors.
-        operator: how observations follow from sources; None is their sum, y (B, N).
+        operator: how observations follow from sources: an operator, or gains (C, K) or (B, C, K); None is the sum of
+            the sources, y (B, N).
         noise: standard deviation of the observation's noise, a number or a tensor that broadcasts with y (B, ...).
         direct: up to so many observed numbers are solved for directly.
         iterations: of the conjugate gradients, at most.
@@ -56,7 +57,7 @@ class ExactMomentMatching(Sampler):
         self,
         prior: JointPrior,
         *,
-        operator: Operator | None = None,
+        operator: Operator | Tensor | None = None,
         noise: float | Tensor = 1e-3,
         direct: int = 16,
         iterations: int = 8,
@@ -72,7 +73,7 @@ class ExactMomentMatching(Sampler):
             first, *others = self.times
             levels = [t for t in others for _ in range(1 + corrections)]
             super().__init__(prior, **{**options, "times": [first, *levels], "order": 1})
-        self.operator = operator or Operator(len(prior))
+        self.operator = Mixing(operator) if isinstance(operator, Tensor) else operator or Operator(len(prior))
         self.variance = torch.as_tensor(noise, dtype=torch.float64) ** 2
         if not (self.variance > 0).all():
             raise UsageError("the observation's noise has to be above 0 everywhere, at least -80 dB of the signal")
