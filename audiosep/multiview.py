@@ -178,8 +178,8 @@ def learn(
         if len(group) == 1:
             raise UsageError(in_words(group))
         log.warning(in_words(group))
-    for group in strangers(views):
-        log.warning("views %s share no source with the others: nothing is learned from one for the other", group)
+    for lonely in strangers(views):
+        log.warning("views %s share no source with the others: nothing is learned from one for the other", lonely)
     seen = {view.name: view.masked() for view in views}
     trained = {source.name: source.prior for source in sources if source.prior is not None}
     state = _State(Path(folder), plan, views, sources, stages)

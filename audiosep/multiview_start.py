@@ -382,7 +382,7 @@ def fit_mixtures(
 ) -> dict[str, Mixture]:
     """Mixtures of `Source.components` Gaussians for all sources, by exact expectation maximisation.
 
-    The stages are gone through in turn; sources that a stage does not learn stay as they are. A stage's sources begin
+    The stages that learn a source for the first time are gone through; others stay as they are. A stage's sources begin
     as one Gaussian and are cut in two until they have their number, with `laps` laps after each cut.
     """
     views = [view.masked() for view in views]
@@ -394,15 +394,16 @@ def fit_mixtures(
         name: Mixture(one, gaussian.mean[None], gaussian.covariance[None])
         for name, gaussian in fit_gaussians(views, sources)[0].items()
     }
+    done = set[str]()
     for stage in stages:
         used = [view for view in views if view.name in stage.views]
-        while True:
+        while not done.issuperset(stage.learn):
             likelihood = [_improve(used, maps, found, stage.learn) for _ in range(laps)][-1]
             sizes = ", ".join(f"{len(found[name].weights)} of {name}" for name in stage.learn)
             log.info("components: %s; mean log-likelihood %.4f", sizes, likelihood)
             growing = [name for name in stage.learn if len(found[name].weights) < wanted[name]]
             if not growing:
-                break
+                done.update(stage.learn)
             for name in growing:
                 found[name] = found[name].split(wanted[name])
     return found

@@ -74,11 +74,14 @@ def make(setting: str, rows: int, f_mix: float, seed: int) -> tuple[list[View], 
 
 
 def stages(setting: str, laps: int, rounds: int) -> list[Stage]:
-    """Contrastive sources one after the other, each from the view in which it is new; mixed ones together."""
-    if setting == "mixed":
-        return [Stage(("1", "2"), ("1", "2"), laps)] * rounds
+    """One source after the other, each from the view in which it is new (contrastive) or strongest (mixed).
+
+    Where a source is faint, or missing, its samples say little but what its prior was, errors and all. The start, which
+    has no such errors, takes all mixed views at once.
+    """
     names = ("1", "2", "3") if setting == "contrastive3" else ("1", "2")
-    return [Stage((name,), (name,), laps) for name in names]
+    each = [Stage((name,), (name,), laps) for name in names] * rounds
+    return [Stage(names, names, 0), *each] if setting == "mixed" else each
 
 
 def pair(views: list[View]) -> tuple[View, View]:
