@@ -10,7 +10,8 @@ and has a weight p(choice | y) in the same closed form. One Gaussian can't say t
 dozen can, and nothing is approximated in finding them.
 
 Arthur Dempster, Nan Laird and Donald Rubin, "Maximum Likelihood from Incomplete Data via the EM Algorithm", 1977;
-Michael Tipping and Christopher Bishop, "Probabilistic Principal Component Analysis", 1999 (the low-rank covariance).
+Donald Rubin and Dorothy Thayer, "EM Algorithms for ML Factor Analysis", 1982, and Michael Tipping and Christopher
+Bishop, "Probabilistic Principal Component Analysis", 1999 (the low-rank covariance).
 
 R recordings of a view, B of them at a time, K sources, N samples of a source, M observed numbers, J components.
 """
@@ -70,7 +71,7 @@ class Source:
     Args:
         name: as the views call it.
         prior: untrained; it is trained in place. None for what needs no more than the start.
-        covariance: of its Gaussian start: "full", "low_rank" (plus a multiple of the identity), "stationary", or
+        covariance: of its Gaussian start: "full", "low_rank" (plus a diagonal), "stationary", or
             "frames" for long signals, which are stationary in every frame alone (`multiview_frames`).
         rank: of "low_rank".
         frame: of "frames", in samples.
@@ -196,15 +197,32 @@ class _Moments:
         mean = torch.zeros_like(self.first) if source.centred else self.first / self.count
         covariance = self.second / self.count - torch.outer(mean, mean)
         if source.covariance == "low_rank":
-            values, vectors = torch.linalg.eigh(covariance)
-            values[: -source.rank] = values[: -source.rank].mean()
-            covariance = vectors * values @ vectors.mT
+            covariance = diagonal_and_low_rank(covariance, source.rank)
         elif source.covariance == "stationary":
             bins = torch.fft.fft(torch.fft.ifft(covariance.to(torch.complex128), dim=0), dim=1).diagonal().real
             circle = torch.fft.ifft(bins).real
             places = torch.arange(len(mean))
             covariance = circle[(places[:, None] - places) % len(mean)]
         return Gaussian(mean, (covariance + covariance.mT) / 2)
+
+
+def diagonal_and_low_rank(covariance: Tensor, rank: int, laps: int = 100) -> Tensor:
+    """The likeliest D + W W^T (N, N), D diagonal and W of so many columns, for data of this covariance.
+
+    Given D, W is known: D^-1/2 W has the leading axes of D^-1/2 C D^-1/2, its eigenvalues less 1. Then D takes what
+    expectation maximisation finds that W leaves of the diagonal. Starts where D is the same everywhere.
+    """
+    values, _ = torch.linalg.eigh(covariance)
+    least = 1e-6 * values.mean().clamp(min=1e-30)
+    diagonal = values[: len(values) - rank].mean().clamp(min=least).expand(len(values)).clone()
+    loadings = covariance.new_zeros(len(values), rank)
+    for _ in range(laps):
+        root = diagonal.sqrt()
+        values, vectors = torch.linalg.eigh(covariance / root / root[:, None])
+        loadings = root[:, None] * vectors[:, -rank:] * (values[-rank:] - 1).clamp(min=0).sqrt()
+        gain = torch.linalg.solve(torch.diag(diagonal) + loadings @ loadings.mT, loadings).mT  # (rank, N)
+        diagonal = (covariance - loadings @ (gain @ covariance)).diagonal().clamp(min=least)
+    return torch.diag(diagonal) + loadings @ loadings.mT
 
 
 def _expect(view: View, maps: Tensor, found: Mapping[str, Gaussian], sums: Mapping[str, _Moments]) -> float:
