@@ -65,6 +65,7 @@ __all__ = [
     "in_words",
     "indistinct",
     "learn",
+    "read_start",
     "strangers",
 ]
 
@@ -567,6 +568,16 @@ def fit(prior: Prior, rows: Tensor, plan: Plan, seed: int, folder: Path) -> floa
 # What is kept
 
 
+def read_start(path: Path) -> dict[str, Start]:
+    """What the sources of a run start as, from its `start.safetensors`."""
+    held, _ = _read(path)
+    starts: dict[str, Start] = {}
+    for name in sorted({key.rpartition("/")[0] for key in held}):
+        parts = {key.removeprefix(f"{name}/"): held[key] for key in held if key.rpartition("/")[0] == name}
+        starts[name] = next(kind for kind in get_args(Start) if set(parts) == set(kind.__annotations__))(**parts)
+    return starts
+
+
 class _State:
     """The folder of a run."""
 
@@ -601,12 +612,7 @@ class _State:
             found = fit_start(views, sources, stages, self.plan.start_laps)
             parts = {f"{name}/{part}": value for name, start in found.items() for part, value in vars(start).items()}
             _write(path, {key: value.contiguous() for key, value in parts.items()}, {})
-        held, _ = _read(path)
-        starts: dict[str, Start] = {}
-        for name in (source.name for source in sources):
-            parts = {key.removeprefix(f"{name}/"): held[key] for key in held if key.startswith(f"{name}/")}
-            starts[name] = next(kind for kind in get_args(Start) if set(parts) == set(kind.__annotations__))(**parts)
-        return starts
+        return read_start(path)
 
     def keep(self, lap: Lap, priors: Mapping[str, Prior]) -> None:
         """Put a lap on the disk."""

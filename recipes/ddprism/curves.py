@@ -27,7 +27,7 @@ from metrics import divergence, pqmass, psnr
 from torch import Tensor
 
 from audiosep.backbones.mlp import MLP
-from audiosep.multiview import Plan, learn
+from audiosep.multiview import Plan, learn, read_start
 from audiosep.multiview_baselines import CLVMVAE, CPCA, CVAE, PCPCA, CLVMLinear
 from audiosep.multiview_start import Source, Stage, View, draw_start, fit_start
 from audiosep.operators import Matrix
@@ -149,7 +149,11 @@ def rivals(options: argparse.Namespace) -> None:
 
     def starts(components: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         sources = [Source(name, components=components) for name in names]
-        found = fit_start(views, sources, stages(options.setting, 0, 1), 300 if components == 1 else 40)
+        kept = options.out / "start.safetensors"  # of Joint, if it has run
+        if components > 1 and kept.exists():
+            found = read_start(kept)
+        else:
+            found = fit_start(views, sources, stages(options.setting, 0, 1), 300 if components == 1 else 40)
         drawn = own(views, {view.name: draw_start(view, found, 1) for view in views})
         return drawn, {name: start.sample(4096, generator).float() for name, start in found.items()}
 

@@ -23,20 +23,21 @@ def curves() -> None:
     print("|" + "---|" * 8)
     for setting in ("contrastive2", "contrastive3", "mixed-0", "mixed-0.1", "mixed-0.5"):
         found = rows(f"{setting}/rivals.jsonl")
-        for method, path in (
-            ("Joint", setting),
-            ("Gibbs", f"{setting}-gibbs"),
-            ("Joint, one Gaussian", f"{setting}-gauss"),
-        ):
+        for method, path in (("Gibbs", f"{setting}-gibbs"), ("Joint", setting)):
             final = RESULTS / path / "final.json"
             found += [{"method": method, **row} for row in json.loads(final.read_text())] if final.exists() else []
         for row in found:
             keys = ("psnr", "posterior_divergence", "posterior_pqmass", "prior_divergence", "prior_pqmass")
             print(line(setting, row["method"], row["source"], *(row.get(key, "") for key in keys)))
     print()
+    print(line("run", "stage", "lap", "PSNR of source in view", "minutes"))
+    print("|" + "---|" * 5)
     for path in sorted(RESULTS.glob("*/scores.jsonl")):
-        for row in rows(f"{path.parent.name}/scores.jsonl")[-1:]:
-            print(path.parent.name, row)
+        for row in rows(f"{path.parent.name}/scores.jsonl"):
+            scores = ", ".join(
+                f"{key[5:].replace(' in view ', ' in ')}: {row[key]:.1f}" for key in row if "psnr" in key
+            )
+            print(line(path.parent.name, row["stage"], row["lap"], scores, row["minutes"]))
 
 
 def stall() -> None:
