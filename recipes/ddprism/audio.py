@@ -20,9 +20,11 @@ differences with 95 % intervals.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import time
 from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +49,7 @@ MACHINES = ("Helicopter", "Drill", "Chainsaw", "Engine", "Train")
 NAMES = ("machine", "voice")
 N_FFT, HOP = 512, 128
 SIZES = (2, 4, 8, 16, 32)  # of NMF
-DRAWS = 8
+DRAWS = 4
 
 
 def segments(items: list, count: int, rng: np.random.Generator) -> Tensor:
@@ -75,19 +77,22 @@ def halves(waves: Tensor) -> Tensor:
     return waves.reshape(2 * len(waves), -1)
 
 
-def by_priors(start: dict[str, Frames], priors: list[Denoiser], plan: Plan, waves: Tensor) -> Tensor:
-    """Voices (S, T): Wiener's filter of the sources' mean powers in joint samples.
+def by_priors(start: dict[str, Frames], priors: list[Denoiser], plan: Plan, waves: Tensor, first: int = 0) -> Tensor:
+    """Voices (S, T): Wiener's filter of the sources' mean powers in joint samples; `first` is the first wave's number.
 
     The samples go on from what the start makes of the mixtures. Their own mean would take many more of them.
     """
-    mixed = view("test", NAMES, waves)
-    mean = posterior_of_frames(mixed, start).float()
-    powers = []
-    for seed in range(DRAWS):
-        x = draw(mixed, priors, plan, seed, mean)[0]
-        powers.append(stft(torch.where(x.isfinite(), x, mean), N_FFT, HOP).abs().square())
-    machine, voice = torch.stack(powers).mean(0).unbind(1)
-    return masked(waves, voice, machine)
+    voices = []
+    for number, few in enumerate(waves.split(plan.rows), first // plan.rows):
+        mixed = view("test", NAMES, few)
+        mean = posterior_of_frames(mixed, start).float()
+        powers = []
+        for i in range(DRAWS):
+            x = draw(mixed, priors, plan, DRAWS * number + i, mean)[0]
+            powers.append(stft(torch.where(x.isfinite(), x, mean), N_FFT, HOP).abs().square())
+        machine, voice = torch.stack(powers).mean(0).unbind(1)
+        voices.append(masked(few, voice, machine))
+    return torch.cat(voices)
 
 
 def masked(waves: Tensor, voice: Tensor, machine: Tensor) -> Tensor:
@@ -126,7 +131,7 @@ def divide(power: Tensor, known: Tensor, fresh: Tensor, laps: int, seed: int = 0
     return fresh, gains
 
 
-def nmf(alone: Tensor, both: Tensor, size: int, power: int) -> Callable[[Tensor], Tensor]:
+def nmf(alone: Tensor, both: Tensor, size: int) -> Callable[[Tensor, int], Tensor]:
     def spectrogram(waves: Tensor) -> Tensor:
         return stft(waves, N_FFT, HOP).abs().movedim(1, 0).flatten(1)
 
@@ -134,7 +139,7 @@ def nmf(alone: Tensor, both: Tensor, size: int, power: int) -> Callable[[Tensor]
     machine, _ = divide(spectrogram(alone), start[0, :, :0], start[0], 100)
     voice, _ = divide(spectrogram(both), machine, start[1], 100)
 
-    def separate(waves: Tensor) -> Tensor:
+    def separate(waves: Tensor, power: int) -> Tensor:
         found = []
         for wave in waves:
             _, gains = divide(spectrogram(wave[None]), torch.cat((machine, voice), 1), voice[:, :0], 100)
@@ -151,7 +156,7 @@ def main() -> None:
     parser.add_argument("--root", type=Path, help="of the manifest's paths")
     parser.add_argument("-o", "--out", type=Path, required=True)
     parser.add_argument("--segments", type=int, default=100, help="of two seconds, per view")
-    parser.add_argument("--mixtures", type=int, default=60)
+    parser.add_argument("--mixtures", type=int, default=200)
     parser.add_argument("--components", type=int, default=16, help="spectra of a source")
     parser.add_argument("--start-laps", type=int, default=10)
     parser.add_argument("--laps", type=int, default=4, help="of the voice's prior")
@@ -207,12 +212,15 @@ def main() -> None:
         *_, last = learn(views[kind], sources(), stages, plan, options.out / f"joint{kind.replace(', ', '-')}")
         return lambda waves: by_priors(start(kind), [last.priors[name] for name in NAMES], plan, waves)
 
+    @cache
+    def of_nmf(size: int) -> Callable[[Tensor, int], Tensor]:
+        return nmf(alone, both, size)
+
     methods: dict[str, Callable[[], Callable[[Tensor], Tensor]]] = {"nothing": lambda: lambda waves: waves}
-    for size in SIZES:
-        for power in (1, 2):
-            methods[f"NMF, {size} spectra, power {power}"] = lambda size=size, power=power: nmf(
-                alone, both, size, power
-            )
+    for size, power in itertools.product(SIZES, (1, 2)):
+        methods[f"NMF, {size} spectra, power {power}"] = lambda size=size, power=power: partial(
+            of_nmf(size), power=power
+        )
     methods["Gaussian EM"] = lambda: wiener(alone, both)
     for kind in views:
         methods[f"spectra{kind}"] = lambda kind=kind: of_start(kind)
