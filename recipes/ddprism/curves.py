@@ -38,8 +38,7 @@ from audiosep.schedules import ve
 
 N, M, NOISE = 5, 3, 0.01
 ALPHAS = {"1": 3.0, "2": 4.0, "3": 5.0}
-# Noise levels, as published for contrastive views. For mixed ones 5e-3..15 is published; the curves being 0.02 thick to
-# what can be seen of them, too few of the training's levels would then lie where precision is wanted.
+# Noise levels, as published for contrastive views; for mixed ones 5e-3..15 is published, and did no better.
 LOW, HIGH = 1e-3, 10.0
 
 
