@@ -16,6 +16,7 @@ B items, N samples, K sources.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -52,6 +53,8 @@ class Prior(nn.Module):
         kind: name of what it models: "speech", "sound".
         parameterization: "eps" or "edm", see the module's text.
         label_dropout: how often `loss` replaces a label by the null class.
+        focus: how much `loss` prefers the middle levels, 0..1: their density is (1 + focus) / (1 - focus) times that of
+            the ends. 0 draws all steps alike.
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class Prior(nn.Module):
         kind: str = "sound",
         parameterization: str = "eps",
         label_dropout: float = 0.1,
+        focus: float = 0.0,
     ) -> None:
         super().__init__()
         if parameterization not in ("eps", "edm"):
@@ -72,7 +76,9 @@ class Prior(nn.Module):
         self.backbone, self.schedule = backbone, schedule
         self.sample_rate, self.classes, self.level = sample_rate, tuple(classes), level
         self.kind, self.parameterization = kind, parameterization
-        self.label_dropout = label_dropout
+        if not 0 <= focus < 1:
+            raise ValueError(f"focus lies in 0..1, below 1, not {focus}")
+        self.label_dropout, self.focus = label_dropout, focus
         self.origin: dict[str, Any] = {}  # name, folder, hash: where it was loaded from, for reports
         self.null = int(getattr(backbone, "num_classes", 0))  # the null class's number
 
@@ -154,17 +160,21 @@ class Prior(nn.Module):
             drop = drop.to(wave.device, non_blocking=True)
             return self.loss_at(batch, self.steps_of(batch["index"]), drop, noise=_noise(batch["seed"], wave))
         draw = torch.rand(2, len(wave), generator=generator, device=wave.device)
-        t = draw[0] * (len(self.schedule) - 1)
-        if self.parameterization == "eps":
-            t = t.round()
+        t = self._focused(draw[0])
         return self.loss_at(batch, t, draw[1] < self.label_dropout, generator)
 
     def steps_of(self, index: Sequence[int]) -> Tensor:
         """The steps (B,), on the CPU, at which `loss` takes the items of these numbers.
 
-        Multiples of the golden ratio: uniform, and more evenly spread over each batch than chance would.
+        Multiples of the golden ratio: more evenly spread over each batch than chance would, and uniform where `focus`
+        is 0.
         """
-        t = torch.tensor(index, dtype=torch.float64) * ((5**0.5 - 1) / 2) % 1 * (len(self.schedule) - 1)
+        return self._focused(torch.tensor(index, dtype=torch.float64) * ((5**0.5 - 1) / 2) % 1)
+
+    def _focused(self, uniform: Tensor) -> Tensor:
+        """Steps from uniform numbers in 0..1."""
+        share = uniform + self.focus / (2 * math.pi) * torch.sin(2 * math.pi * uniform)
+        t = share * (len(self.schedule) - 1)
         return t.round() if self.parameterization == "eps" else t
 
     def loss_at(
