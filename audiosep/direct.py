@@ -19,6 +19,7 @@ from torch import Tensor
 from audiosep import hub
 from audiosep.baselines import ORACLES, SpectralGating
 from audiosep.errors import UsageError
+from audiosep.prior import precision
 from audiosep.progress import Callback
 from audiosep.separator import (
     SEGMENT,
@@ -132,7 +133,7 @@ class _Job(Job):
         """Sources (1, S, K, C, N) of mixtures y (S, C, N), and a score that nothing asks for."""
         count, channels, length = y.shape
         rows = y.flatten(0, 1).to(self.separator.device)
-        with self._precision():
+        with precision(self.separator.device, self.separator.dtype):
             x = self.separator.model.separate(rows, [source.prior for source in self.sources]).float()
         silent = rows.square().mean(-1).sqrt() < SILENCE
         x = torch.where(silent[:, None, None], 0.0, x)

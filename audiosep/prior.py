@@ -16,6 +16,7 @@ B items, N samples, K sources.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -29,6 +30,11 @@ from audiosep.schedules import Schedule
 def placed(value: Tensor, like: Tensor) -> Tensor:
     """`value` on the device and in the type of `like`, without waiting for the device."""
     return value.to(like.device, like.dtype, non_blocking=True)
+
+
+def precision(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:
+    """Where a network runs: mixed precision, unless it is float32."""
+    return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
 class Denoiser(Protocol):
@@ -212,10 +218,11 @@ class JointPrior:
 
     Args:
         sources: one (prior, class number or None for the null class) per source.
+        dtype: number type of the networks' inner products; what goes in and comes out keeps its own.
     """
 
-    def __init__(self, sources: Sequence[tuple[Denoiser, int | None]]) -> None:
-        self.sources = list(sources)
+    def __init__(self, sources: Sequence[tuple[Denoiser, int | None]], dtype: torch.dtype = torch.float32) -> None:
+        self.sources, self.dtype = list(sources), dtype
         groups: dict[int, list[int]] = {}
         for k, (prior, _) in enumerate(self.sources):
             groups.setdefault(id(prior), []).append(k)
@@ -231,7 +238,8 @@ class JointPrior:
             batch = torch.stack([x_t[:, k] for k in members], 1).flatten(0, 1)
             steps = torch.full((len(batch),), t, dtype=torch.float64)
             label = self._label(members, len(x_t), x_t.device)
-            joint = self.sources[members[0]][0].denoise(batch, steps, label, schedule)
+            with precision(batch.device, self.dtype):
+                joint = self.sources[members[0]][0].denoise(batch, steps, label, schedule)
             for k, estimate in zip(members, joint.unflatten(0, (-1, len(members))).unbind(1)):
                 estimates[k] = estimate
         return torch.stack(estimates, 1)
