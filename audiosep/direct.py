@@ -35,7 +35,7 @@ from audiosep.separator import (
 __all__ = ["Direct", "Model", "load"]
 
 # What only a sampler has.
-SAMPLERS_OWN = ("preset", "sampler", "steps", "samples", "sampling", "mixing", "checkpointing")
+SAMPLERS_OWN = ("preset", "sampler", "steps", "samples", "combine", "sampling", "mixing", "checkpointing")
 
 # Methods without a checkpoint.
 WITHOUT_WEIGHTS = {"spectral-gating": SpectralGating}
@@ -95,7 +95,7 @@ class Direct(Separator):
         self.segment, self.overlap, self.consistent = segment or SEGMENT, overlap, consistent
         self.batch = batch or (1 if self.device.type == "cpu" else 16)
         self.dtype = choose_dtype("float32" if dtype == "auto" else dtype, self.device)
-        self.samples, self.seed, self.rank, self.mixing = 1, 0, False, None
+        self.samples, self.combine, self.seed, self.rank, self.mixing = 1, "mean", 0, False, None
 
     @property
     def settings(self) -> dict[str, Any]:

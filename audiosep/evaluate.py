@@ -149,6 +149,7 @@ def _checkpoints(
     sampler: str | None = None,
     steps: int | None = None,
     samples: int | None = None,
+    combine: str | None = None,
     sampling: Mapping[str, Any] | None = None,
     segment: float | None = None,
     overlap: float = 0.25,

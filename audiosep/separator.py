@@ -28,7 +28,7 @@ from audiosep import __version__, audio, distributed, hub
 from audiosep.errors import AudiosepError, UsageError
 from audiosep.longform import Aligner, OverlapAdd, cosine, count_segments, cut, match
 from audiosep.losses import ReconstructionLoss
-from audiosep.mixing import project, residual
+from audiosep.mixing import combine, project, residual
 from audiosep.operators import Mixing
 from audiosep.prior import JointPrior, Prior
 from audiosep.progress import Callback
@@ -118,7 +118,8 @@ class Separator:
         sampling: more arguments of the sampler's class, such as {"t_init": 174, "floor": 0.001, "loss": {"stft": 0.0}}.
         segment: seconds separated at a time; None is 4.
         overlap: fraction of a segment shared with the next, 0..0.5.
-        samples: posterior samples; above one the stems are their mean; None is the preset's own number.
+        samples: posterior samples that a stem is made of; None is the preset's own number.
+        combine: how: "wiener" (None; `mixing.combine`, their mean where they agree, filtered where not) or "mean".
         seed: of the noise; the same seed gives the same stems on every machine.
         consistent: share the residual out, so that the stems add up to the recording.
         batch: segments separated together; None is 1 on a CPU, 16 elsewhere, halved when memory runs out.
@@ -138,6 +139,7 @@ class Separator:
         segment: float | None = None,
         overlap: float = 0.25,
         samples: int | None = None,
+        combine: str | None = None,
         seed: int = 0,
         consistent: bool = True,
         batch: int | None = None,
@@ -157,6 +159,8 @@ class Separator:
             raise UsageError(f"segment must be at least 0.1 s, got {segment} s")
         if samples is not None and samples < 1:
             raise UsageError(f"samples must be at least 1, got {samples}")
+        if combine not in (None, "wiener", "mean"):
+            raise UsageError(f"combine is 'wiener' or 'mean', not {combine!r}")
         self.device = torch.device(device)
         self.priors = {name: prior.to(self.device).eval() for name, prior in priors.items()}
         for prior in self.priors.values():
@@ -176,7 +180,7 @@ class Separator:
         self.batch = batch or (1 if self.device.type == "cpu" else 16)
         self.dtype = choose_dtype(dtype, self.device)
         self._build(JointPrior([]))  # wrong options are refused here, not after minutes of work
-        self.samples = samples or SAMPLES[preset]
+        self.samples, self.combine = samples or SAMPLES[preset], combine or "wiener"
         self.rank = (samples or 1) > 1  # the likeliest sample is wanted, too
 
     @classmethod
@@ -206,6 +210,7 @@ class Separator:
             "steps": len(sampler.times),
             "noise levels": [sampler.ratios[0], sampler.ratios[-2]],
             "samples": self.samples,
+            "combine": self.combine,
             "sampling": self.sampling,
             "segment": self.segment,
             "overlap": self.overlap,
@@ -588,7 +593,7 @@ class Job:
             pieces.append(
                 Piece(
                     mixture.double(),
-                    stack.mean(0),
+                    self._combine(mixture, stack),
                     stack[scores[:, s].argmax()],
                     stack.std(0, correction=0),
                 )
@@ -668,9 +673,20 @@ class Job:
             high[:, c] = self._as_first(high[:, :1], high[:, c : c + 1])[:, 0]
         if not self.share:
             return high
-        n_fft = 4 * round(128 * self.sample_rate / rate)
+        n_fft = 4 * self._hop
         known = 0.95 * rate / self.sample_rate if self.sample_rate > rate else 1.0
         return project(mixture.double(), high.transpose(0, 1), n_fft, n_fft // 4, known_band=known).transpose(0, 1)
+
+    @property
+    def _hop(self) -> int:
+        """Of the transforms at the recording's rate: 128 samples at the priors' own."""
+        return round(128 * self.sample_rate / self.separator.sample_rate)
+
+    def _combine(self, mixture: Tensor, samples: Tensor) -> Tensor:
+        """One estimate (K, C, n) from samples (R, K, C, n) of a mixture (C, n)."""
+        if not self.share or self.separator.combine == "mean":
+            return samples.mean(0)
+        return combine(mixture, samples.transpose(1, 2), 8 * self._hop, 2 * self._hop).transpose(0, 1)
 
     def _as_first(self, first: Tensor, other: Tensor) -> Tensor:
         """Reorder interchangeable sources of `other` (K, C, n) as they are in `first`."""
@@ -755,6 +771,7 @@ class Job:
                 "preset": separator.preset,
                 "steps": self.steps,
                 "samples": separator.samples,
+                "combine": separator.combine,
                 "sampling": separator.sampling,
                 "seed": separator.seed,
             },
