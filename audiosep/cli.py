@@ -62,6 +62,7 @@ Method = StrEnum(
         "fastmnmf2",
     ],
 )
+Combine = StrEnum("Combine", ["wiener", "mean"])
 Dtype = StrEnum("Dtype", ["auto", "float32", "bfloat16", "float16"])
 Progress = StrEnum("Progress", ["auto", "plain", "json", "none"])
 
@@ -102,7 +103,7 @@ Models = Annotated[str, typer.Option("-n", "--model", help="Checkpoint names or 
 Device = Annotated[str, typer.Option("-d", "--device", help="auto, cpu, cuda, cuda:N or mps.", callback=_device)]
 Steps = Annotated[int | None, typer.Option(min=1, help="Steps of the sampler.  [default: the preset's]")]
 Samples = Annotated[
-    int | None, typer.Option(min=1, help="Posterior samples; the stems are their mean.  [default: the preset's]")
+    int | None, typer.Option(min=1, help="Posterior samples that a stem is made of.  [default: the preset's]")
 ]
 PresetOption = Annotated[
     Preset,
@@ -148,6 +149,10 @@ def separate(
     sampler: SamplerOption = None,
     preset: PresetOption = Preset.default,
     samples: Samples = None,
+    combine: Annotated[
+        Combine | None,
+        typer.Option(help="Of several samples a stem is the mean, with `wiener` filtered where they disagree."),
+    ] = None,
     mixing: Annotated[
         Path | None,
         typer.Option(help="Known gains: a CSV file, a row per channel, a column per source as --sources names them."),
@@ -218,6 +223,7 @@ def separate(
             segment=segment,
             overlap=overlap,
             samples=samples,
+            combine=combine and combine.value,
             seed=seed,
             mixing=mixing and read_mixing(mixing),
         )

@@ -19,6 +19,7 @@ from torch import Tensor
 from audiosep import hub
 from audiosep.baselines import ORACLES, SpectralGating
 from audiosep.errors import UsageError
+from audiosep.prior import precision
 from audiosep.progress import Callback
 from audiosep.separator import (
     SEGMENT,
@@ -34,7 +35,7 @@ from audiosep.separator import (
 __all__ = ["Direct", "Model", "load"]
 
 # What only a sampler has.
-SAMPLERS_OWN = ("preset", "sampler", "steps", "samples", "sampling", "mixing", "checkpointing")
+SAMPLERS_OWN = ("preset", "sampler", "steps", "samples", "combine", "sampling", "mixing", "checkpointing")
 
 # Methods without a checkpoint.
 WITHOUT_WEIGHTS = {"spectral-gating": SpectralGating}
@@ -94,7 +95,7 @@ class Direct(Separator):
         self.segment, self.overlap, self.consistent = segment or SEGMENT, overlap, consistent
         self.batch = batch or (1 if self.device.type == "cpu" else 16)
         self.dtype = choose_dtype("float32" if dtype == "auto" else dtype, self.device)
-        self.samples, self.seed, self.rank, self.mixing = 1, 0, False, None
+        self.samples, self.combine, self.seed, self.rank, self.mixing = 1, "mean", 0, False, None
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -132,7 +133,7 @@ class _Job(Job):
         """Sources (1, S, K, C, N) of mixtures y (S, C, N), and a score that nothing asks for."""
         count, channels, length = y.shape
         rows = y.flatten(0, 1).to(self.separator.device)
-        with self._precision():
+        with precision(self.separator.device, self.separator.dtype):
             x = self.separator.model.separate(rows, [source.prior for source in self.sources]).float()
         silent = rows.square().mean(-1).sqrt() < SILENCE
         x = torch.where(silent[:, None, None], 0.0, x)

@@ -27,12 +27,14 @@ import hashlib
 import json
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import soundfile
 import torch
 from torch import Tensor
@@ -147,6 +149,7 @@ def _checkpoints(
     sampler: str | None = None,
     steps: int | None = None,
     samples: int | None = None,
+    combine: str | None = None,
     sampling: Mapping[str, Any] | None = None,
     segment: float | None = None,
     overlap: float = 0.25,
@@ -205,9 +208,9 @@ class Trial:
         """Mixtures that could not be separated."""
         return len(self.failed.keys() - self.rows.keys())
 
-    def stem_file(self, index: int) -> Path | None:
-        """Where the estimates of a mixture go, a channel each, in the best order."""
-        return None if self.stems is None else self.stems / self.key / f"{index:05d}.flac"
+    def stem_folder(self, index: int) -> Path | None:
+        """Where the estimates of a mixture go, a file each, in the best order."""
+        return None if self.stems is None else self.stems / self.key / f"{index:05d}"
 
 
 def run(
@@ -402,25 +405,31 @@ def _todo(trials: Sequence[Trial]) -> Iterator[tuple[int, int, Trial, int]]:
         yield done, len(todo), trial, index
 
 
-def _row(trial: Trial, index: int) -> dict[str, Any]:
-    item = trial.dataset[index]
+def _estimates(trial: Trial, item: Mapping[str, Any], index: int) -> tuple[Tensor, Mapping[str, Any]]:
+    """A mixture's sources (K, T) as the separator orders them, the same whenever it is asked, and its report."""
     names, separator = item["names"], trial.separator
     asked = [name if trial.labels or name == "speech" else "sound" for name in names]
     more = {"references": item["sources"]} if trial.header["oracle"] else {}
-    device = torch.device(getattr(separator, "device", "cpu"))
-    _reset_peak(device)
     if hasattr(separator, "seed"):
         separator.seed = mix_seed(trial.seed, index)
+    result = separator(item["mixture"][None], separator.sample_rate, sources=asked, **more)
+    stems = [torch.as_tensor(stem)[0].cpu() for stem in result.sources.values()]
+    if len(stems) != len(names):
+        raise UsageError(f"asked for {len(names)} sources, got {len(stems)}")
+    if len({len(stem) for stem in stems}) > 1:
+        raise UsageError(f"stems differ in length: {[len(stem) for stem in stems]} samples")
+    return torch.stack(stems), result.report
+
+
+def _row(trial: Trial, index: int) -> dict[str, Any]:
+    item = trial.dataset[index]
+    names, separator = item["names"], trial.separator
+    device = torch.device(getattr(separator, "device", "cpu"))
+    _reset_peak(device)
     start = time.perf_counter()
     try:
-        result = separator(item["mixture"][None], separator.sample_rate, sources=asked, **more)
-        stems = [torch.as_tensor(stem)[0].cpu() for stem in result.sources.values()]
+        estimates, report = _estimates(trial, item, index)
         seconds = time.perf_counter() - start
-        if len(stems) != len(names):
-            raise UsageError(f"asked for {len(names)} sources, got {len(stems)}")
-        if len({len(stem) for stem in stems}) > 1:
-            raise UsageError(f"stems differ in length: {[len(stem) for stem in stems]} samples")
-        estimates = torch.stack(stems)
         scores = score(estimates, item["sources"], item["mixture"])
         ordered = estimates[scores["permutation"]]
         scores |= {
@@ -429,7 +438,7 @@ def _row(trial: Trial, index: int) -> dict[str, Any]:
     except AudiosepError as error:
         clips = ", ".join(item["ids"])
         raise type(error)(f"{trial.name}, mixture {index} ({clips}): {error}") from error
-    _keep(trial.stem_file(index), ordered, separator.sample_rate)
+    _keep(trial.stem_folder(index), ordered, names, separator.sample_rate)
     return {
         "run": trial.key,
         "separator": trial.name,
@@ -438,7 +447,7 @@ def _row(trial: Trial, index: int) -> dict[str, Any]:
         "ids": item["ids"],
         "names": names,
         **scores,
-        "evaluations": result.report.get("network_evaluations"),
+        "evaluations": report.get("network_evaluations"),
         "seconds": seconds,
         "memory_gib": _peak(device),
     }
@@ -538,13 +547,27 @@ def _wait(path: Path, trials: Sequence[Trial]) -> None:
         _read(path, trials)
 
 
-def _keep(path: Path | None, stems: Tensor, rate: int) -> None:
-    if path is None or len(stems) > 8:  # FLAC's limit
+def _keep(folder: Path | None, stems: Tensor, names: Sequence[str], rate: int) -> None:
+    if folder is None or folder.exists():
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    soundfile.write(partial, stems.clamp(-1, 1).T.numpy(), rate, format="FLAC", subtype="PCM_16")
-    partial.replace(path)
+    partial = folder.with_suffix(f".{os.getpid()}.partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    for k, (stem, name) in enumerate(zip(stems.clamp(-1, 1).numpy(), names)):
+        safe = re.sub(r"[^\w-]", "_", name)
+        soundfile.write(partial / f"{k}_{safe}.flac", stem, rate, format="FLAC", subtype="PCM_16")
+    partial.replace(folder)
+
+
+def _kept(trial: Trial, row: Mapping[str, Any]) -> Tensor:
+    """A mixture's estimates (K, T) in the best order: those on the disk, or made again where none were kept."""
+    index, names = row["index"], row["names"]
+    folder = trial.stem_folder(index)
+    assert folder is not None
+    if not folder.exists():
+        estimates, _ = _estimates(trial, trial.dataset[index], index)
+        _keep(folder, estimates[row["permutation"]], names, trial.separator.sample_rate)
+    paths = sorted(folder.iterdir(), key=lambda path: int(path.name.split("_")[0]))
+    return torch.from_numpy(np.stack([soundfile.read(path, dtype="float32")[0] for path in paths]))
 
 
 def _examples(plan: Plan, trials: Sequence[Trial]) -> list[results.Example]:
@@ -552,16 +575,12 @@ def _examples(plan: Plan, trials: Sequence[Trial]) -> list[results.Example]:
     chosen = [trials[0].name] if plan.page is None else list(plan.page)
     examples = []
     for trial in trials:
-        if trial.name not in chosen or not trial.rows:
+        if trial.name not in chosen or not trial.rows or trial.stems is None:
             continue
         ranked = sorted(trial.rows.values(), key=lambda row: sum(row["si_sdr_permuted"]) / len(row["names"]))
         picks = {"worst": ranked[0], "median": ranked[len(ranked) // 2], "best": ranked[-1]}
         for which, row in picks.items():
-            path = trial.stem_file(row["index"])
-            if path is None or not path.exists():
-                continue
-            estimates = torch.from_numpy(soundfile.read(path, dtype="float32", always_2d=True)[0].T)
             item = trial.dataset[row["index"]]
             title = f"{trial.name}, {trial.header['task']}, {which}"
-            examples.append(results.Example(title, row, item, estimates, trial.separator.sample_rate))
+            examples.append(results.Example(title, row, item, _kept(trial, row), trial.separator.sample_rate))
     return examples

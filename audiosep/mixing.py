@@ -11,6 +11,7 @@ from itertools import permutations
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 
 from audiosep.errors import UsageError
 from audiosep.stft import istft, stft
@@ -76,6 +77,43 @@ def project(
     projected = sources + shared
     # What the transforms' rounding left over is spread evenly.
     return projected + (residual(mixture, projected) / sources.shape[-2]).unsqueeze(-2)
+
+
+def combine(mixture: Tensor, samples: Tensor, n_fft: int = 1024, hop_length: int = 256) -> Tensor:
+    """One estimate from R posterior samples: their mean where they agree, a Wiener filter where they do not.
+
+    Around each time-frequency bin let M_k be the power of the samples' mean, V_k that of their deviations from it, both
+    averaged over 5 bins by 5 frames. In the local Gaussian model sources have variances P_k = M_k + V_k, the samples'
+    second moment, and the posterior mean given the mixture Y is the Wiener filter P_k / sum_j P_j Y (Duong, Vincent and
+    Gribonval, IEEE TASLP 18(7), 2010). Unlike the mean of a few samples it does not hold what they made up. With
+    w = max_k V_k / (V_k + M_k / 10) the estimate is w times the filter's and 1 - w times the mean: samples of a sharp
+    posterior, and one sample alone, are left as they are.
+
+    Args:
+        mixture: (..., N).
+        samples: (R, ..., K, N), each of which adds up to the mixture.
+        n_fft: STFT size.
+        hop_length: its hop.
+
+    Returns:
+        (..., K, N) that adds up to the mixture, to rounding.
+    """
+    mean = samples.mean(0)
+    if len(samples) == 1:
+        return mean
+    spread = _around((stft(samples - mean, n_fft, hop_length).abs().square()).mean(0))
+    bins = stft(mean, n_fft, hop_length)
+    power = _around(bins.abs().square())
+    floor = torch.finfo(power.dtype).tiny
+    doubt = (spread / (spread + 0.1 * power + floor)).amax(-3, keepdim=True)
+    filtered = shares(power + spread) * stft(mixture, n_fft, hop_length).unsqueeze(-3)
+    return istft(doubt * filtered + (1 - doubt) * bins, n_fft, hop_length, samples.shape[-1])
+
+
+def _around(power: Tensor) -> Tensor:
+    """Means (..., F, M) over 5 bins by 5 frames, fewer at the edges."""
+    flat = power.flatten(0, -3).unsqueeze(1)
+    return avg_pool2d(flat, 5, stride=1, padding=2, count_include_pad=False).view(power.shape)
 
 
 def shares(power: Tensor, dim: int = -3) -> Tensor:

@@ -17,6 +17,8 @@ B items, N samples, K sources.
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -29,6 +31,11 @@ from audiosep.schedules import Schedule
 def placed(value: Tensor, like: Tensor) -> Tensor:
     """`value` on the device and in the type of `like`, without waiting for the device."""
     return value.to(like.device, like.dtype, non_blocking=True)
+
+
+def precision(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:
+    """Where a network runs: mixed precision, unless it is float32."""
+    return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
 class Denoiser(Protocol):
@@ -53,6 +60,8 @@ class Prior(nn.Module):
         kind: name of what it models: "speech", "sound".
         parameterization: "eps", "edm" or "direct", see the module's text.
         label_dropout: how often `loss` replaces a label by the null class.
+        focus: how much `loss` prefers the middle levels, 0..1: their density is (1 + focus) / (1 - focus) times that of
+            the ends. 0 draws all steps alike.
     """
 
     def __init__(
@@ -66,6 +75,7 @@ class Prior(nn.Module):
         kind: str = "sound",
         parameterization: str = "eps",
         label_dropout: float = 0.1,
+        focus: float = 0.0,
     ) -> None:
         super().__init__()
         if parameterization not in ("eps", "edm", "direct"):
@@ -73,7 +83,9 @@ class Prior(nn.Module):
         self.backbone, self.schedule = backbone, schedule
         self.sample_rate, self.classes, self.level = sample_rate, tuple(classes), level
         self.kind, self.parameterization = kind, parameterization
-        self.label_dropout = label_dropout
+        if not 0 <= focus < 1:
+            raise ValueError(f"focus lies in 0..1, below 1, not {focus}")
+        self.label_dropout, self.focus = label_dropout, focus
         self.origin: dict[str, Any] = {}  # name, folder, hash: where it was loaded from, for reports
         self.null = int(getattr(backbone, "num_classes", 0))  # the null class's number
 
@@ -157,17 +169,21 @@ class Prior(nn.Module):
             drop = drop.to(wave.device, non_blocking=True)
             return self.loss_at(batch, self.steps_of(batch["index"]), drop, noise=_noise(batch["seed"], wave))
         draw = torch.rand(2, len(wave), generator=generator, device=wave.device)
-        t = draw[0] * (len(self.schedule) - 1)
-        if self.parameterization == "eps":
-            t = t.round()
+        t = self._focused(draw[0])
         return self.loss_at(batch, t, draw[1] < self.label_dropout, generator)
 
     def steps_of(self, index: Sequence[int]) -> Tensor:
         """The steps (B,), on the CPU, at which `loss` takes the items of these numbers.
 
-        Multiples of the golden ratio: uniform, and more evenly spread over each batch than chance would.
+        Multiples of the golden ratio: more evenly spread over each batch than chance would, and uniform where `focus`
+        is 0.
         """
-        t = torch.tensor(index, dtype=torch.float64) * ((5**0.5 - 1) / 2) % 1 * (len(self.schedule) - 1)
+        return self._focused(torch.tensor(index, dtype=torch.float64) * ((5**0.5 - 1) / 2) % 1)
+
+    def _focused(self, uniform: Tensor) -> Tensor:
+        """Steps from uniform numbers in 0..1."""
+        share = uniform + self.focus / (2 * math.pi) * torch.sin(2 * math.pi * uniform)
+        t = share * (len(self.schedule) - 1)
         return t.round() if self.parameterization == "eps" else t
 
     def loss_at(
@@ -205,10 +221,11 @@ class JointPrior:
 
     Args:
         sources: one (prior, class number or None for the null class) per source.
+        dtype: number type of the networks' inner products; what goes in and comes out keeps its own.
     """
 
-    def __init__(self, sources: Sequence[tuple[Denoiser, int | None]]) -> None:
-        self.sources = list(sources)
+    def __init__(self, sources: Sequence[tuple[Denoiser, int | None]], dtype: torch.dtype = torch.float32) -> None:
+        self.sources, self.dtype = list(sources), dtype
         groups: dict[int, list[int]] = {}
         for k, (prior, _) in enumerate(self.sources):
             groups.setdefault(id(prior), []).append(k)
@@ -224,7 +241,8 @@ class JointPrior:
             batch = torch.stack([x_t[:, k] for k in members], 1).flatten(0, 1)
             steps = torch.full((len(batch),), t, dtype=torch.float64)
             label = self._label(members, len(x_t), x_t.device)
-            joint = self.sources[members[0]][0].denoise(batch, steps, label, schedule)
+            with precision(batch.device, self.dtype):
+                joint = self.sources[members[0]][0].denoise(batch, steps, label, schedule)
             for k, estimate in zip(members, joint.unflatten(0, (-1, len(members))).unbind(1)):
                 estimates[k] = estimate
         return torch.stack(estimates, 1)

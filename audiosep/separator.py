@@ -28,7 +28,7 @@ from audiosep import __version__, audio, distributed, hub
 from audiosep.errors import AudiosepError, UsageError
 from audiosep.longform import Aligner, OverlapAdd, cosine, count_segments, cut, match
 from audiosep.losses import ReconstructionLoss
-from audiosep.mixing import project, residual
+from audiosep.mixing import combine, project, residual
 from audiosep.operators import Mixing
 from audiosep.prior import JointPrior, Prior
 from audiosep.progress import Callback
@@ -118,12 +118,14 @@ class Separator:
         sampling: more arguments of the sampler's class, such as {"t_init": 174, "floor": 0.001, "loss": {"stft": 0.0}}.
         segment: seconds separated at a time; None is 4.
         overlap: fraction of a segment shared with the next, 0..0.5.
-        samples: posterior samples; above one the stems are their mean; None is the preset's own number.
+        samples: posterior samples that a stem is made of; None is the preset's own number.
+        combine: how: "wiener" (None; `mixing.combine`, their mean where they agree, filtered where not) or "mean".
         seed: of the noise; the same seed gives the same stems on every machine.
         consistent: share the residual out, so that the stems add up to the recording.
         batch: segments separated together; None is 1 on a CPU, 16 elsewhere, halved when memory runs out.
         checkpointing: recompute activations in the backward pass of gradient samplers: less memory, a third more time.
-        dtype: "auto" (bfloat16 on CUDA, else float32), "float32", "bfloat16" or "float16", for the networks.
+        dtype: "auto" (bfloat16 on CUDA and on CPUs with instructions for it, else float32), "float32", "bfloat16" or
+            "float16", for the networks.
     """
 
     def __init__(
@@ -137,6 +139,7 @@ class Separator:
         segment: float | None = None,
         overlap: float = 0.25,
         samples: int | None = None,
+        combine: str | None = None,
         seed: int = 0,
         consistent: bool = True,
         batch: int | None = None,
@@ -156,6 +159,8 @@ class Separator:
             raise UsageError(f"segment must be at least 0.1 s, got {segment} s")
         if samples is not None and samples < 1:
             raise UsageError(f"samples must be at least 1, got {samples}")
+        if combine not in (None, "wiener", "mean"):
+            raise UsageError(f"combine is 'wiener' or 'mean', not {combine!r}")
         self.device = torch.device(device)
         self.priors = {name: prior.to(self.device).eval() for name, prior in priors.items()}
         for prior in self.priors.values():
@@ -175,7 +180,7 @@ class Separator:
         self.batch = batch or (1 if self.device.type == "cpu" else 16)
         self.dtype = choose_dtype(dtype, self.device)
         self._build(JointPrior([]))  # wrong options are refused here, not after minutes of work
-        self.samples = samples or SAMPLES[preset]
+        self.samples, self.combine = samples or SAMPLES[preset], combine or "wiener"
         self.rank = (samples or 1) > 1  # the likeliest sample is wanted, too
 
     @classmethod
@@ -205,6 +210,7 @@ class Separator:
             "steps": len(sampler.times),
             "noise levels": [sampler.ratios[0], sampler.ratios[-2]],
             "samples": self.samples,
+            "combine": self.combine,
             "sampling": self.sampling,
             "segment": self.segment,
             "overlap": self.overlap,
@@ -441,7 +447,7 @@ class Separator:
 
     def sampler_for(self, sources: Sequence[Source]) -> Sampler:
         """The sampler of these sources, with the settings asked for."""
-        joint = JointPrior([(self.priors[source.prior], source.label) for source in sources])
+        joint = JointPrior([(self.priors[source.prior], source.label) for source in sources], self.dtype)
         if self.mixing is None:
             return self._build(joint)
         if self.mixing.shape[1] != len(sources):
@@ -594,7 +600,7 @@ class Job:
             pieces.append(
                 Piece(
                     mixture.double(),
-                    stack.mean(0),
+                    self._combine(mixture, stack),
                     stack[scores[:, s].argmax()],
                     stack.std(0, correction=0),
                 )
@@ -633,24 +639,18 @@ class Job:
 
     def _run_sampler(self, y: Tensor, noise: Noise, count: int) -> Tensor:
         x = y[:, None]
-        with self._precision():
-            for state in self.sampler(y, noise):
-                x = state.x
-                self.done += count
-                self.evaluations += len(y) * len(self.sources) * self.sampler.passes
-                if self.progress is not None:
-                    self.progress(self.done, self.total, f"step {state.step}/{state.steps}")
+        for state in self.sampler(y, noise):
+            x = state.x
+            self.done += count
+            self.evaluations += len(y) * len(self.sources) * self.sampler.passes
+            if self.progress is not None:
+                self.progress(self.done, self.total, f"step {state.step}/{state.steps}")
         if not x.isfinite().all():
             raise AudiosepError(
                 f"the networks gave NaN or infinite samples in {str(self.separator.dtype).removeprefix('torch.')}; "
                 "use --dtype float32"
             )
         return x.float()
-
-    def _precision(self) -> contextlib.AbstractContextManager[Any]:
-        if self.separator.dtype == torch.float32:
-            return contextlib.nullcontext()
-        return torch.autocast(self.separator.device.type, self.separator.dtype)
 
     @torch.no_grad()
     def _log_likelihood(self, x: Tensor) -> Tensor:
@@ -666,8 +666,7 @@ class Job:
             noise = Noise([0] * len(x))(len(self.sources), x)
             noisy = schedule.alpha_of(actual).item() * (x + actual.item() * noise)
             self.evaluations += x.shape[0] * x.shape[1]
-            with self._precision():
-                estimate = self.sampler.prior.denoise(noisy, t.item(), schedule)
+            estimate = self.sampler.prior.denoise(noisy, t.item(), schedule)
             total -= (estimate.float() - x).square().mean((1, 2)) / actual.item() ** 2
         return total
 
@@ -681,9 +680,20 @@ class Job:
             high[:, c] = self._as_first(high[:, :1], high[:, c : c + 1])[:, 0]
         if not self.share:
             return high
-        n_fft = 4 * round(128 * self.sample_rate / rate)
+        n_fft = 4 * self._hop
         known = 0.95 * rate / self.sample_rate if self.sample_rate > rate else 1.0
         return project(mixture.double(), high.transpose(0, 1), n_fft, n_fft // 4, known_band=known).transpose(0, 1)
+
+    @property
+    def _hop(self) -> int:
+        """Of the transforms at the recording's rate: 128 samples at the priors' own."""
+        return round(128 * self.sample_rate / self.separator.sample_rate)
+
+    def _combine(self, mixture: Tensor, samples: Tensor) -> Tensor:
+        """One estimate (K, C, n) from samples (R, K, C, n) of a mixture (C, n)."""
+        if not self.share or self.separator.combine == "mean":
+            return samples.mean(0)
+        return combine(mixture, samples.transpose(1, 2), 8 * self._hop, 2 * self._hop).transpose(0, 1)
 
     def _as_first(self, first: Tensor, other: Tensor) -> Tensor:
         """Reorder interchangeable sources of `other` (K, C, n) as they are in `first`."""
@@ -768,6 +778,7 @@ class Job:
                 "preset": separator.preset,
                 "steps": self.steps,
                 "samples": separator.samples,
+                "combine": separator.combine,
                 "sampling": separator.sampling,
                 "seed": separator.seed,
             },
@@ -845,10 +856,18 @@ def choose_device(name: str | torch.device) -> torch.device:
     return device
 
 
+def _cpu_has_bfloat16(device: torch.device) -> bool:
+    """Whether this is a CPU that multiplies bfloat16 matrices itself, several times as fast as float32 ones."""
+    if device.type != "cpu" or not hasattr(torch.cpu, "get_capabilities"):
+        return False
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """The networks' number type for "auto", "float32", "bfloat16", "float16"."""
     if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
+        return torch.bfloat16 if device.type == "cuda" or _cpu_has_bfloat16(device) else torch.float32
     types = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if name not in types:
         raise UsageError(f"unknown dtype {name!r}; use auto, {', '.join(types)}")

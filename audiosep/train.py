@@ -256,15 +256,15 @@ class _Run:
             _cut(folder / LOG, self.log_bytes)
             self.board = _board(folder, self.step)
         self.began = self.window = time.monotonic()
-        self.waited = 0.0
+        self.waited, self.aside = 0.0, 0.0
 
     def here(self) -> float:
         """Seconds in this process."""
         return time.monotonic() - self.began
 
     def seconds(self) -> float:
-        """Seconds of training, in earlier processes too."""
-        return self.earlier + self.here()
+        """Seconds of training, in earlier processes too; probes and saving left out."""
+        return self.earlier + self.here() - self.aside
 
     def advance(self, batches: Iterator[Batch], fraction: float, level: Callable[[Batch], Tensor] | None) -> None:
         """One step of the optimiser."""
@@ -349,9 +349,10 @@ class _Run:
 
     @contextlib.contextmanager
     def _aside(self) -> Iterator[None]:
-        """Time that isn't the training's throughput."""
+        """Time that is not training's: neither its throughput nor its budget."""
         paused = time.monotonic()
         yield
+        self.aside += time.monotonic() - paused
         self.window += time.monotonic() - paused
 
     def _check(self, loss: float, gradient: float) -> None:

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -255,15 +257,48 @@ def test_several_separators_on_the_same_mixtures(manifest, tmp_path):
     assert "share of mixtures at or below" in page
 
 
+def stems_in(folder):
+    """Of the only mixture there: file names, and waves (K, T)."""
+    paths = sorted((folder / "stems").rglob("*.flac"))
+    return [path.name for path in paths], torch.stack([torch.from_numpy(soundfile.read(path)[0]) for path in paths])
+
+
 def test_stems_are_kept_in_the_best_order(manifest, tmp_path):
     fake = Fake(manifest, "3sound", order=[1, 2, 0], classes=("bark", "door", "rain"))
     run(manifest, fake, task="3sound", count=1, out=tmp_path)
-    (path,) = (tmp_path / "stems").rglob("*.flac")
-    estimates = torch.from_numpy(soundfile.read(path, dtype="float32")[0].T)
+    names, estimates = stems_in(tmp_path)
     item = fake.items[0]
+    assert names == [f"{k}_{name}.flac" for k, name in enumerate(item["names"])]
     assert evaluate.score(estimates, item["sources"], item["mixture"])["permutation"] == [0, 1, 2]
-    run(manifest, Fake(manifest, "2speech"), task="2speech", count=1, out=tmp_path / "bare", stems=False)
-    assert not (tmp_path / "bare/stems").exists()
+
+
+def test_stems_asked_for_later_are_made_for_what_the_page_plays(manifest, tmp_path):
+    fake = Fake(manifest, "2speech")
+    run(manifest, fake, task="2speech", count=5, out=tmp_path, stems=False)
+    assert not (tmp_path / "stems").exists()
+    run(manifest, fake, task="2speech", count=5, out=tmp_path)
+    assert len(fake.asked) == 5 + 3
+    assert (tmp_path / "report.html").read_text().count("<audio") == 3 * (1 + 2 * 2)
+
+
+def test_more_sources_than_a_file_has_channels_are_kept(tmp_path):
+    stems = 0.1 * torch.randn(9, 1600, generator=torch.Generator().manual_seed(0))
+    evaluate._keep(tmp_path / "stems/7", stems, ["speech", "a/b", *"cdefghi"], RATE)
+    names, kept = stems_in(tmp_path)
+    assert names == ["0_speech.flac", "1_a_b.flac", *(f"{k}_{name}.flac" for k, name in enumerate("cdefghi", 2))]
+    assert torch.allclose(kept.float(), stems, atol=2**-15)
+
+
+def test_processes_append_to_one_file_at_once(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from audiosep.evaluate import _append\n"
+        "for i in range(300): _append(Path(sys.argv[1]), {'who': sys.argv[2], 'i': i, 'long': 'x' * 3000})"
+    )
+    path = tmp_path / "rows.jsonl"
+    running = [subprocess.Popen([sys.executable, "-c", code, path, who]) for who in "abc"]
+    assert [process.wait() for process in running] == [0, 0, 0]
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert sorted((row["who"], row["i"]) for row in rows) == [(who, i) for who in "abc" for i in range(300)]
 
 
 def test_what_a_recipe_gets_wrong(manifest):

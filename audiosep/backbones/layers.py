@@ -25,21 +25,33 @@ def gated(x: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def rotary_table(length: int, dim: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (length, dim) of rotary position embedding, theta 1e4, interleaved pairs."""
+def rotary_angles(length: int, dim: int, device: torch.device) -> Tensor:
+    """Angles (length, dim / 2) of rotary position embedding, theta 1e4, for interleaved pairs of channels."""
     # Made where it is used: a compiled block then holds no copy from another device.
     frequency = 1e4 ** (-torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
-    angle = torch.arange(length, dtype=torch.float32, device=device)[:, None] * frequency
-    angle = angle.repeat_interleave(2, dim=-1)
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+    return torch.arange(length, dtype=torch.float32, device=device)[:, None] * frequency
 
 
 def rotate(x: Tensor) -> Tensor:
     """Turn q or k (..., length, dim) by its position."""
-    cos, sin = rotary_table(x.shape[-2], x.shape[-1], x.device, x.dtype)
+    angle = rotary_angles(x.shape[-2], x.shape[-1], x.device)
     pair = x.unflatten(-1, (-1, 2))
-    turned = torch.stack((-pair[..., 1], pair[..., 0]), dim=-1).flatten(-2)
-    return x * cos + turned * sin
+    if x.device.type == "cpu":  # one pass over the memory
+        pair = torch.view_as_complex(pair.float().contiguous())
+        return torch.view_as_real(pair * torch.polar(torch.ones_like(angle), angle)).flatten(-2).to(x.dtype)
+    # Elsewhere torch.compile fuses this, and no complex numbers.
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    turned = (pair[..., 0] * cos - pair[..., 1] * sin, pair[..., 1] * cos + pair[..., 0] * sin)
+    return torch.stack(turned, dim=-1).flatten(-2)
+
+
+def attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention of q, k, v (B, H, L, d)."""
+    if q.device.type != "cpu":
+        return scaled_dot_product_attention(q, k, v)
+    # On a CPU its backward pass in bfloat16 takes seven times as long as in float32.
+    with torch.autocast("cpu", enabled=False):
+        return scaled_dot_product_attention(q.float(), k.float(), v.float()).to(v.dtype)
 
 
 class Attention(nn.Module):
@@ -54,8 +66,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (3, B, H, L, d)
         q, k, v = qkv.unbind(0)
-        mixed = scaled_dot_product_attention(rotate(q), rotate(k), v)
-        return self.out(mixed.transpose(1, 2).flatten(-2))
+        return self.out(attended(rotate(q), rotate(k), v).transpose(1, 2).flatten(-2))
 
 
 class FeedForward(nn.Module):
