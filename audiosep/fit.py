@@ -220,7 +220,10 @@ def _started(name: str | None) -> dict[str, Any]:
         return {}
     config = hub.read_config(hub.find(name))
     before = config.get("training", {}).get("steps")
-    return {"started from": f"{Path(name).name} ({config['sha256'][:12]})", **({"steps before": before} if before else {})}
+    return {
+        "started from": f"{Path(name).name} ({config['sha256'][:12]})",
+        **({"steps before": before} if before else {}),
+    }
 
 
 def _named(makers: Mapping[str, Any], tables: Mapping[str, Any], table: str, default: str, **more: Any) -> Any:
