@@ -44,7 +44,8 @@ class ARFlowVAE(VariationalSeparator):
     learning_rate: float
         Peak of Adam's one-cycle schedule; 0.3 of it for "mlp".
     max_iter, tol: int, float
-        Iterations; share of the loss's range by which it may still change without a warning.
+        Iterations; how far a source may still turn in the second half of them without a warning, as a share of what
+        the learning rate allows.
     random_state, device: the seed; "auto", "cpu" or "cuda".
 
     Attributes
@@ -73,7 +74,7 @@ class ARFlowVAE(VariationalSeparator):
         block: int | None = 20000,
         learning_rate: float = 1e-2,
         max_iter: int = 400,
-        tol: float = 1e-2,
+        tol: float = 0.1,
         random_state: Any = None,
         device: str = "auto",
     ) -> None:
