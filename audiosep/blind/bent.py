@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from audiosep.blind import gp
 
 LEVELS = (0.1, 0.05, 0.02, 0.01)  # v
-STEPS = 100  # of each level
-RATE = 1e-3
+RATES = (2e-3, 1e-3, 1e-3, 1e-3)  # of Adam at each; with larger ones the last levels may end anywhere
+STEPS = 100  # at each
 DECAY = 0.02
 FIT_STEPS, FIT_RATE = 500, 1e-2  # of the least-squares fit of a map
 
@@ -78,12 +78,12 @@ def refined(encoder: Map, z: Tensor) -> Map:
     found = _copy(encoder)
     length = min(len(z), gp.FIT_SAMPLES)
     begins = np.linspace(0, len(z) - length, len(LEVELS)).astype(int)
-    for level, begin in zip(LEVELS, begins):
-        _climb(found, z[begin : begin + length], level)
+    for level, rate, begin in zip(LEVELS, RATES, begins):
+        _climb(found, z[begin : begin + length], level, rate)
     return _standardised(found.requires_grad_(False), z)
 
 
-def _climb(encoder: Map, z: Tensor, level: float) -> None:
+def _climb(encoder: Map, z: Tensor, level: float, rate: float) -> None:
     assert encoder.bend is not None
     with torch.no_grad():
         sources = _unit(encoder(z)).numpy()
@@ -91,13 +91,18 @@ def _climb(encoder: Map, z: Tensor, level: float) -> None:
     columns = torch.from_numpy(np.stack([p.column(len(z)) for p in processes]))
     columns[:, 0] += level
     optimiser = torch.optim.Adam(encoder.parameters())
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=RATE, total_steps=STEPS + 1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=rate, total_steps=STEPS + 1)
     for _ in range(STEPS):
-        s = encoder(z)
-        volume = torch.linalg.slogdet(encoder.slope(z))[1].sum() - len(z) * s.std(0).log().sum()
-        misfit = (gp.negative_log_likelihood(_unit(s).T, columns).sum() - volume) / len(z)
+        misfit = negative_log_density(encoder, z, columns) / len(z)
         decay = torch.stack([p.square().sum() for p in encoder.bend.parameters()]).sum()
         _step(misfit + DECAY * decay, optimiser, schedule)
+
+
+def negative_log_density(encoder: Map, z: Tensor, columns: Tensor) -> Tensor:
+    """-log p(z) of z (T, n) whose sources, at unit variance, have covariances of first columns (n, T)."""
+    s = encoder(z)
+    volume = torch.linalg.slogdet(encoder.slope(z))[1].sum() - len(z) * s.std(0).log().sum()
+    return gp.negative_log_likelihood(_unit(s).T, columns).sum() - volume
 
 
 def _step(loss: Tensor, optimiser: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.OneCycleLR) -> None:
