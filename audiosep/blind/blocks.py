@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from audiosep.blind.base import Array, BlindSeparator
+from audiosep.blind.base import Array, InstantaneousSeparator
 from audiosep.errors import UsageError
 
 STRETCHES = 10
@@ -31,14 +31,14 @@ class WritableRows(Rows, Protocol):
 
 
 def separate_in_blocks(
-    estimator: BlindSeparator,
+    estimator: InstantaneousSeparator,
     X: Rows,
     out: WritableRows,
     *,
     fit_samples: int = FIT_SAMPLES,
     block: int = BLOCK,
     margin: int = MARGIN,
-) -> BlindSeparator:
+) -> InstantaneousSeparator:
     """Fit `estimator` to stretches of X (n_samples, n_channels) and write the sources to `out` (n_samples, n_sources).
 
     At most fit_samples samples are learned from, and at most block + 2 margin are in memory after that. Returns the
@@ -55,13 +55,13 @@ def separate_in_blocks(
     return estimator
 
 
-def fit_to_stretches(estimator: BlindSeparator, X: Rows, fit_samples: int = FIT_SAMPLES) -> None:
+def fit_to_stretches(estimator: InstantaneousSeparator, X: Rows, fit_samples: int = FIT_SAMPLES) -> None:
     """Fit to at most fit_samples samples of X, spread over it."""
     estimator.fit(_stretches(X, fit_samples))
 
 
 def transform_in_blocks(
-    estimator: BlindSeparator, X: Rows, out: WritableRows, block: int = BLOCK, margin: int = MARGIN
+    estimator: InstantaneousSeparator, X: Rows, out: WritableRows, block: int = BLOCK, margin: int = MARGIN
 ) -> None:
     """Write the sources of X to `out`, a block at a time."""
     samples = X.shape[0]

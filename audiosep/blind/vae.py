@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from audiosep.blind import bent, posterior
 from audiosep.blind.base import (
     Array,
-    BlindSeparator,
+    InstantaneousSeparator,
     Whitening,
     choose,
     order_and_signs,
@@ -53,7 +53,7 @@ class SourcePrior(Protocol):
     def parameters(self) -> Any: ...
 
 
-class LearnedSeparator(BlindSeparator):
+class LearnedSeparator(InstantaneousSeparator):
     """What StrADiff and the variational separators share: starts, the device, the final posterior."""
 
     mixing: str
