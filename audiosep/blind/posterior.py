@@ -77,7 +77,7 @@ def _passed(S: Array, noise: Array, processes: tuple[gp.Process, ...]) -> Array:
     passed = np.empty((len(processes), *S.shape))
     for j, process in enumerate(processes):
         known = replace(process, noise=max(noise[j], gp.NOISE_FLOOR * process.variance))
-        inverse = toeplitz.Inverse.of(known.column(len(S), noise=True))
+        inverse = gp.inverse_of(known, len(S))
         passed[j] = S - known.noise * inverse.solve(S.T).T
         passed[j, :, j] = 0.0
     return passed
@@ -236,20 +236,18 @@ def joint_smooth(Y: Array, noise: Array, processes: tuple[gp.Process, ...]) -> t
         mean = Y - (noise @ _solve(columns, noise, Y.T)).T  # K C^-1 Y = Y - N C^-1 Y
     else:
         noise, mean = floor, Y
-    alone = np.stack([_besides(c, v, m) for c, v, m in zip(columns, np.diag(noise), mean.T)], axis=1)
+    alone = np.stack([_besides(replace(p, noise=v), m) for p, v, m in zip(processes, np.diag(noise), mean.T)], axis=1)
     spectra = np.stack([gp.expected_power(c, fade=1.0) for c in columns])  # (n, F)
     return mean, alone * _narrowing(spectra, noise, samples)
 
 
-def _besides(column: Array, noise: float, mean: Array) -> Array:
-    """Posterior standard deviation (T,) of a process in white noise, but for the scale and offset of its mean (T,).
+def _besides(process: gp.Process, mean: Array) -> Array:
+    """Posterior standard deviation (T,) of a process seen in its noise, but for the scale and offset of its mean (T,).
 
     The covariance is P = v I - v^2 C^-1, C of the noisy process. With orthonormal u of the offset and the centred mean
     the errors left are (I - U U^T) e, of variances P_tt - 2 (P U U^T)_tt + (U U^T P U U^T)_tt.
     """
-    noisy = column.copy()
-    noisy[0] += noise
-    inverse = toeplitz.Inverse.of(noisy)
+    inverse, noise = gp.inverse_of(process, len(mean)), process.noise
     variance = noise - noise**2 * inverse.diagonal
     centred = mean - mean.mean()
     U = np.stack([np.full_like(mean, len(mean) ** -0.5), centred / max(float(np.linalg.norm(centred)), 1e-300)])
