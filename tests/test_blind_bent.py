@@ -51,7 +51,13 @@ def test_the_density_is_that_of_the_whole_transformation():
         K = column[(torch.arange(6)[:, None] - torch.arange(6)).abs()]
         normal = torch.distributions.MultivariateNormal(torch.zeros(6, dtype=torch.float64), K)
         exact = -normal.log_prob(((found(z) - mean) / scale).T).sum() - torch.linalg.slogdet(flat)[1]
-        torch.testing.assert_close(bent.negative_log_density(found, z, torch.stack([column, column])), exact)
+        columns, side = torch.stack([column, column]), torch.linalg.det(found.slope(z)[0]).sign()
+        assert (side * torch.linalg.det(found.slope(z)) > bent.FOLD * scale.prod()).all()
+        torch.testing.assert_close(bent.negative_log_density(found, z, columns, side), exact)
+        # Had the map the other side, all of it would be folded.
+        volume = -side * torch.linalg.det(found.slope(z)) / scale.prod()
+        added = (np.log(bent.FOLD) + volume / bent.FOLD - 1 - (-volume).log()).sum()
+        torch.testing.assert_close(bent.negative_log_density(found, z, columns, -side), exact - added)
 
 
 def test_the_true_sources_are_likelier_than_linear_ones_and_are_found():

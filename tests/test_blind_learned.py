@@ -309,6 +309,26 @@ def test_cuda_equals_the_cpu(estimator, mixing):
     pickle.loads(pickle.dumps(cuda)).transform(X)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("mixing", ["linear", "mlp"])
+def test_latents_are_refitted_on_the_device_of_the_fit(mixing):
+    S = waves(800)
+    X = S @ MIXING.T
+    found = quick(StrADiff(), mixing=mixing, posterior="native", device="cuda").fit(X[:400])
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.max_memory_allocated()
+    assert mean_correlation(found.transform(X[400:]), S[400:]) > 0.98
+    assert torch.cuda.max_memory_allocated() > before
+
+
+@pytest.mark.gpu
+def test_heavy_tails_and_matern_kernels_run_on_cuda():
+    X = waves() @ MIXING.T
+    for estimator in (ARFlowVAE(base="student_t"), GPVAE(kernel="matern32"), StrADiff(kernel="matern52")):
+        cpu, cuda = (quick(estimator, device=device).fit(X) for device in ("cpu", "cuda"))
+        assert mean_correlation(cuda.sources_, cpu.sources_) > 0.99
+
+
 # Why a check of scikit-learn's can't hold with posterior="gp".
 IN_TIME = "a sample's posterior depends on the samples around it: X is a stretch of time"
 EXCEPTIONS = {"check_methods_subset_invariance": IN_TIME, "check_methods_sample_order_invariance": IN_TIME}

@@ -9,11 +9,15 @@ s_k at unit variance, K_k the covariance of a process fitted to it (`gp`). v, th
 falls level by level, and at each the processes are fitted anew: first the sources need only be likely by their shapes,
 at the end by every wiggle. A decay of the weights keeps the map smooth. The variational methods' own objectives hardly
 prefer the true sources to slightly mixed ones; this one does, by far.
+
+Only for an f that is nowhere folded is that a density, and a folded recording can be very likely: |sin| is as smooth as
+sin. So det J_f, of sources at unit variance, must not turn negative: below FOLD its logarithm goes on as a line.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 
 import numpy as np
 import torch
@@ -22,9 +26,9 @@ from torch import Tensor, nn
 from audiosep.blind import gp
 
 LEVELS = (0.1, 0.05, 0.02, 0.01)  # v
-RATES = (2e-3, 1e-3, 1e-3, 1e-3)  # of Adam at each; with larger ones the last levels may end anywhere
-STEPS = 100  # at each
+RATE, STEPS = 3e-3, 100  # of Adam at each level
 DECAY = 0.02
+FOLD = 0.03
 FIT_STEPS, FIT_RATE = 500, 1e-2  # of the least-squares fit of a map
 
 
@@ -78,12 +82,13 @@ def refined(encoder: Map, z: Tensor) -> Map:
     found = _copy(encoder)
     length = min(len(z), gp.FIT_SAMPLES)
     begins = np.linspace(0, len(z) - length, len(LEVELS)).astype(int)
-    for level, rate, begin in zip(LEVELS, RATES, begins):
-        _climb(found, z[begin : begin + length], level, rate)
+    side = float(torch.linalg.det(encoder.slope(z)).detach().median().sign())
+    for level, begin in zip(LEVELS, begins):
+        _climb(found, z[begin : begin + length], side, level)
     return _standardised(found.requires_grad_(False), z)
 
 
-def _climb(encoder: Map, z: Tensor, level: float, rate: float) -> None:
+def _climb(encoder: Map, z: Tensor, side: float, level: float) -> None:
     assert encoder.bend is not None
     with torch.no_grad():
         sources = _unit(encoder(z)).numpy()
@@ -91,18 +96,22 @@ def _climb(encoder: Map, z: Tensor, level: float, rate: float) -> None:
     columns = torch.from_numpy(np.stack([p.column(len(z)) for p in processes]))
     columns[:, 0] += level
     optimiser = torch.optim.Adam(encoder.parameters())
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=rate, total_steps=STEPS + 1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=RATE, total_steps=STEPS + 1)
     for _ in range(STEPS):
-        misfit = negative_log_density(encoder, z, columns) / len(z)
+        misfit = negative_log_density(encoder, z, columns, side) / len(z)
         decay = torch.stack([p.square().sum() for p in encoder.bend.parameters()]).sum()
         _step(misfit + DECAY * decay, optimiser, schedule)
 
 
-def negative_log_density(encoder: Map, z: Tensor, columns: Tensor) -> Tensor:
-    """-log p(z) of z (T, n) whose sources, at unit variance, have covariances of first columns (n, T)."""
+def negative_log_density(encoder: Map, z: Tensor, columns: Tensor, side: float) -> Tensor:
+    """-log p(z) of z (T, n) whose sources, at unit variance, have covariances of first columns (n, T).
+
+    side: the sign that det J_f is to have everywhere.
+    """
     s = encoder(z)
-    volume = torch.linalg.slogdet(encoder.slope(z))[1].sum() - len(z) * s.std(0).log().sum()
-    return gp.negative_log_likelihood(_unit(s).T, columns).sum() - volume
+    volume = side * torch.linalg.det(encoder.slope(z)) / s.std(0).prod()
+    logarithm = torch.where(volume > FOLD, volume.clamp_min(FOLD).log(), math.log(FOLD) + volume / FOLD - 1)
+    return gp.negative_log_likelihood(_unit(s).T, columns).sum() - logarithm.sum()
 
 
 def _step(loss: Tensor, optimiser: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.OneCycleLR) -> None:
