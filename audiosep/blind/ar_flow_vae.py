@@ -31,7 +31,8 @@ class ARFlowVAE(VariationalSeparator):
         kept. (With mixing="mlp" that may be a wrong one: a network can bend wrong sources into likely ones.)
     posterior: "gp" or "native"
         What sources_ and sources_std_ are: the posterior under Gaussian processes fitted to the sources, or the
-        encoder's mean and its learned deviation (which is no measure of the error).
+        encoder's mean and its learned deviation (which is no measure of the error). "gp" also refines the mixing: a
+        linear one under noise, a bent one where there are as many channels as sources (see `bent`).
     hidden: int
         Size H of the flow's state.
     beta, warm: float or None

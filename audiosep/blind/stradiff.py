@@ -110,7 +110,8 @@ class StrADiff(LearnedSeparator):
         Where the sources start; "auto" is SOBI's. "random" is the paper's, anneals nu, and wants 3000 iterations.
     posterior: "gp" or "native"
         What sources_ and sources_std_ are: the posterior under Gaussian processes fitted to the sources, or the mean
-        and deviation over draws of the diffusion's start (which is no measure of the error).
+        and deviation over draws of the diffusion's start (which is no measure of the error). "gp" also refines the
+        mixing, as ARFlowVAE's does.
     kernel: "rbf", "matern12", "matern32" or "matern52"
     jitter: the white part xi of its unit variance (eq. 18).
     noise: float or None
