@@ -82,6 +82,20 @@ def test_the_true_sources_are_likelier_than_linear_ones_and_are_found():
     assert misfit(S) < misfit((z @ torch.from_numpy(linear).T).numpy()) - 300
 
 
+def test_a_map_that_leaves_its_sources_is_not_taken(monkeypatch):
+    start, z = shaken(), torch.randn(50, 2, dtype=torch.float64)
+
+    def astray(encoder, *_):
+        encoder.weight.data = encoder.weight.data.flip(0)
+        for values in (encoder.bend[-1].weight, encoder.bend[-1].bias):
+            values.data = values.data.flip(0)
+
+    monkeypatch.setattr(bent, "_climb", astray)
+    monkeypatch.setattr(bent, "LEVELS", (0.1,))
+    kept = bent.refined(start, z)
+    assert np.abs(np.corrcoef(kept(z).T, start(z).detach().T)[[0, 1], [2, 3]]) == pytest.approx([1, 1])
+
+
 def test_the_last_step_of_an_estimator_takes_the_likeliest_unmixing():
     S = waves()
     X = mixture(S) + np.array([1.0, -2.0])

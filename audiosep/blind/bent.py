@@ -11,7 +11,9 @@ at the end by every wiggle. A decay of the weights keeps the map smooth. The var
 prefer the true sources to slightly mixed ones; this one does, by far.
 
 Only for an f that is nowhere folded is that a density, and a folded recording can be very likely: |sin| is as smooth as
-sin. So det J_f, of sources at unit variance, must not turn negative: below FOLD its logarithm goes on as a line.
+sin. So det J_f, of sources at unit variance, must not turn negative: below FOLD its logarithm goes on as a line. And
+where a wrong process was fitted to a source, the map may leave it for another: if a source has become less like what it
+was than TRUST, the map stays as it was.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ LEVELS = (0.1, 0.05, 0.02, 0.01)  # v
 RATE, STEPS = 3e-3, 100  # of Adam at each level
 DECAY = 0.02
 FOLD = 0.03
+TRUST = 0.85  # correlation; 0.88 and more where sources became better, 0.77 and less where they became worse
 FIT_STEPS, FIT_RATE = 500, 1e-2  # of the least-squares fit of a map
 
 
@@ -77,7 +80,8 @@ def fitted(start: Map, x: Tensor, y: Tensor) -> Map:
 def refined(encoder: Map, z: Tensor) -> Map:
     """The map from z (T, n) to n sources of maximal likelihood, from another as a start.
 
-    Its sources have unit variance. Of more than gp.FIT_SAMPLES samples each level takes another stretch.
+    Its sources have unit variance; it is the start if the sources would become others (TRUST). Of more than
+    gp.FIT_SAMPLES samples each level takes another stretch.
     """
     found = _copy(encoder)
     length = min(len(z), gp.FIT_SAMPLES)
@@ -85,7 +89,14 @@ def refined(encoder: Map, z: Tensor) -> Map:
     side = float(torch.linalg.det(encoder.slope(z)).detach().median().sign())
     for level, begin in zip(LEVELS, begins):
         _climb(found, z[begin : begin + length], side, level)
-    return _standardised(found.requires_grad_(False), z)
+    kept = found if _likeness(encoder, found, z) > TRUST else _copy(encoder)
+    return _standardised(kept.requires_grad_(False), z)
+
+
+@torch.no_grad()
+def _likeness(first: Map, second: Map, z: Tensor) -> float:
+    """The least |correlation| of a source of both maps."""
+    return float((_unit(first(z)) * _unit(second(z))).mean(0).abs().min())
 
 
 def _climb(encoder: Map, z: Tensor, side: float, level: float) -> None:
