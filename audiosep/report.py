@@ -79,6 +79,18 @@ class Plot:
     points: Mapping[str, NDArray[np.floating[Any]]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Spectrum:
+    """The spectrogram of a series (T,) that is no sound: frequencies from 0 to half the rate, evenly spaced.
+
+    rate in samples per second, None if the samples have no time: frequencies are then in cycles per sample.
+    """
+
+    title: str
+    series: NDArray[np.floating[Any]]
+    rate: float | None = None
+
+
 def write_page(
     path: str | os.PathLike[str],
     title: str,
@@ -86,15 +98,18 @@ def write_page(
     tracks: Sequence[Track] = (),
     plots: Sequence[Plot] = (),
     tables: Sequence[Sequence[Sequence[str]]] = (),
+    spectra: Sequence[Spectrum] = (),
 ) -> None:
-    """Write a page: tables (rows of cells, the first names the columns), plots, tracks (name, wave (C, T), rate in Hz).
+    """Write a page: tables (rows of cells, the first names the columns), plots, spectrograms of series, tracks.
 
-    All pictures share one colour scale, so that a faint stem looks faint. Raises AudioError if
+    A track is its name, wave (C, T) and rate in Hz; the pictures of tracks share one colour scale, so that a faint stem
+    looks faint. Raises AudioError if
     the file can't be written.
     """
     pictures = [mel_picture(wave, rate) for _, wave, rate in tracks]
     top = max((float(picture.max()) for picture in pictures), default=0.0)
     figures = [_plot(plot) for plot in plots]
+    figures += [_spectrum(spectrum) for spectrum in spectra]
     figures += [_figure(track, picture, top) for track, picture in zip(tracks, pictures)]
     page = _PAGE.format(
         title=html.escape(_printable(title)),
@@ -123,6 +138,15 @@ def mel_picture(wave: NDArray[np.floating[Any]], sample_rate: int) -> NDArray[np
         centres = librosa.mel_frequencies(HEIGHT + 2, fmax=sample_rate / 2)
         weights[band, round(centres[band + 1] * n_fft / sample_rate)] = 1.0
     return 10 * np.log10(np.maximum(weights @ power, 1e-12))
+
+
+def line_picture(series: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
+    """Spectrogram in dB, (frequencies low to high, at most WIDTH columns), of a series (T,), its mean taken out."""
+    size = int(np.clip(1 << max(0, len(series) // 16).bit_length(), 16, 2 * HEIGHT))
+    padded = np.pad(series - np.mean(series), (0, max(0, size - len(series))))
+    begins = np.linspace(0, len(padded) - size, min(WIDTH, len(padded) - size + 1)).astype(int)
+    frames = np.lib.stride_tricks.sliding_window_view(padded, size)[begins] * np.hanning(size)
+    return 10 * np.log10(np.maximum(np.abs(np.fft.rfft(frames)).T ** 2, 1e-300))
 
 
 def png(picture: NDArray[np.floating[Any]]) -> bytes:
@@ -173,6 +197,19 @@ def _figure(track: Track, picture: NDArray[np.floating[Any]], top: float) -> str
         half=f"{_mel_middle(rate) / 1000:.1f}",
         nyquist=f"{rate / 2000:g}",
         end=f"{wave.shape[1] / rate:.1f}",
+    )
+
+
+def _spectrum(spectrum: Spectrum) -> str:
+    picture = line_picture(spectrum.series)
+    shown = png(np.maximum((picture - picture.max()) / RANGE_DB + 1, 0))
+    rate, unit = (spectrum.rate, "Hz") if spectrum.rate else (1.0, "per sample")
+    return _SPECTRUM.format(
+        title=html.escape(_printable(spectrum.title)),
+        picture=_data("image/png", shown),
+        half=f"{rate / 4:g}",
+        nyquist=f"{rate / 2:g}",
+        unit=unit,
     )
 
 
@@ -343,6 +380,14 @@ _FIGURE = """<figure>
 <audio controls preload="metadata" src="{sound}" aria-label="{name}"></audio>
 </figure>"""
 
+_SPECTRUM = """<figure>
+<figcaption><h2>{title}</h2> <span>{unit}</span></figcaption>
+<div class="plot">
+<div class="scale" aria-hidden="true"><span>{nyquist}</span><span>{half}</span><span>0</span></div>
+<div class="picture still"><img src="{picture}" alt="Spectrogram of {title}, 0 to {nyquist} {unit}"></div>
+</div>
+</figure>"""
+
 _CHART = """<figure>
 <figcaption><h2>{title}</h2> {labels}</figcaption>
 <div class="plot">
@@ -371,6 +416,7 @@ figcaption span, .scale { color: var(--soft); font-size: .85rem; }
   width: 4.2rem; flex: none; text-align: right; line-height: 1; }
 .picture { position: relative; flex: 1; height: 12rem; cursor: crosshair; overflow: hidden;
   border-radius: 4px; background: #08061e; }
+.still { cursor: auto; }
 .picture img { width: 100%; height: 100%; display: block; }
 .head { position: absolute; top: 0; bottom: 0; left: 0; width: 2px; background: #fff;
   box-shadow: 0 0 0 1px #0008; }
@@ -397,6 +443,7 @@ td ul { margin: 0; padding-left: 1.1rem; }
 _SCRIPT = """
 for (const figure of document.querySelectorAll('figure')) {
   const audio = figure.querySelector('audio');
+  if (!audio) continue;
   const picture = figure.querySelector('.picture');
   const head = figure.querySelector('.head');
   const draw = () => {

@@ -63,6 +63,8 @@ def test_what_cant_be_is_said(tmp_path):
     with pytest.raises(UsageError, match=r"out has shape \(2000, 3\), the sources have \(2000, 2\)"):
         separate_in_blocks(SOBI(2), X, np.zeros((2_000, 3)))
     with pytest.raises(UsageError, match="block is at least 1"):
+        separate_in_blocks(SOBI(2), X, np.zeros((1_999, 2)))
+    with pytest.raises(UsageError, match="block is at least 1"):
         separate_in_blocks(SOBI(2), X, np.zeros((2_000, 2)), block=0)
     pytest.importorskip("pyroomacoustics")
     with pytest.raises(UsageError, match="use fit_transform"):

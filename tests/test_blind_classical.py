@@ -221,6 +221,15 @@ def test_picard_agrees_with_fastica():
         Picard(3, max_iter=1, random_state=0).fit(X)
 
 
+def test_picard_passes_scikit_learns_own_checks():
+    pytest.importorskip("picard")
+    from audiosep.blind import Picard
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        check_estimator(Picard(random_state=0))
+
+
 def test_picard_that_is_missing_is_named(monkeypatch):
     from audiosep.blind import Picard
 

@@ -12,7 +12,7 @@ pytest.importorskip("sklearn")
 
 from scipy.io import loadmat, savemat
 
-from audiosep.blind import command
+from audiosep.blind import blocks, command
 from audiosep.blind.matching import mean_correlation
 from audiosep.cli import main
 from audiosep.errors import AudioError, UsageError
@@ -71,6 +71,7 @@ def test_sources_are_files_of_the_same_kind(tmp_path, suffix, capsys):
     assert shown[-1].endswith("report.html")
     page = (tmp_path / "out" / "report.html").read_text()
     assert page.count("<polyline") == 2
+    assert page.count("data:image/png") == 2
     assert ("<audio" in page) == (suffix == ".wav")
 
 
@@ -99,6 +100,45 @@ def test_learned_methods_tell_their_loss_and_show_bands(tmp_path):
     assert page.count("<polygon") == 2
     assert "loss" in page
     assert "left" in page
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".csv", ".wav", ".edf"])
+def test_long_recordings_are_separated_in_blocks(tmp_path, suffix, monkeypatch):
+    path = recording(tmp_path / f"x{suffix}")
+    command.run(path, tmp_path / "whole", n_sources=2)
+    for name, value in (("LONG", 1000), ("LINES", 700), ("SHOWN", 500)):
+        monkeypatch.setattr(command, name, value)
+    monkeypatch.setattr(blocks.transform_in_blocks, "__defaults__", (900, 50))
+    mapped = isinstance(command.read(path, tmp_path).samples, np.memmap)
+    assert mapped == (suffix != ".edf")
+    facts = command.run(path, tmp_path / "out", n_sources=2)
+    np.testing.assert_allclose(written(tmp_path / "out", suffix), written(tmp_path / "whole", suffix), atol=1e-4)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "the first 250 samples" in page
+    assert facts["samples"] == 3000
+    with pytest.raises(UsageError, match=r"auxiva separates whole recordings only.* \(at most 500\)"):
+        command.run(path, tmp_path / "out", method="auxiva")
+
+
+def test_warnings_and_files_of_earlier_runs_reach_the_user(tmp_path, capsys):
+    path, out = recording(tmp_path / "x.wav"), tmp_path / "out"
+    out.mkdir()
+    (out / "source_3.wav").touch()
+    (out / "notes.wav").touch()
+    arguments = ["--method", "skr-vae", "--set", "max_iter=3", "--n-sources", "2", "--progress", "plain"]
+    with pytest.raises(SystemExit):
+        main(["blind", str(path), "-o", str(out), *arguments])
+    shown = capsys.readouterr().err
+    assert "SKRVAE did not converge in 3 iterations" in shown
+    assert "sources_std_ is a lower bound" in shown
+    assert f"{out} also holds source_3.wav of an earlier run" in shown
+    assert "notes" not in shown
+
+
+def test_limited_samples_are_told(tmp_path):
+    path = tmp_path / "x.wav"
+    sf.write(path, 0.99 * np.tanh(3 * waves() @ MIXING.T), 8000, subtype="PCM_16")
+    assert any("beyond full scale" in told for told in command.run(path, tmp_path / "out")["warnings"])
 
 
 def test_json_and_options(tmp_path, capsys):
@@ -156,9 +196,9 @@ def test_what_a_format_cannot_hold_is_told(tmp_path, monkeypatch):
         raise ValueError("outside\nthe range")
 
     monkeypatch.setattr(command, "_edfio", lambda: SimpleNamespace(Edf=refuse, EdfSignal=refuse))
-    estimator = SimpleNamespace(sources_=waves())
+    estimator = SimpleNamespace(sources_=waves(), n_sources_=2)
     with pytest.raises(AudioError, match=r"sources.edf: can't be written: outside the range"):
-        command.write(tmp_path / "x.edf", tmp_path, command.Recording(waves(), rate=100.0), estimator)
+        command.write(tmp_path / "x.edf", tmp_path, command.Recording(waves(), rate=100.0), estimator, waves())
 
 
 def test_edf_without_its_reader_is_named(tmp_path, monkeypatch):

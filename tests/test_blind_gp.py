@@ -11,7 +11,8 @@ pytest.importorskip("sklearn")
 from scipy.linalg import toeplitz as dense
 from scipy.stats import multivariate_normal
 
-from audiosep.blind import gp, toeplitz
+from audiosep.blind import compiled, gp, gp_vae, state_space, toeplitz
+from audiosep.blind.gp_vae import GPPrior
 from audiosep.blind.matching import coverage, mean_correlation
 from audiosep.blind.posterior import _Spectra, gaussian_posterior, joint_smooth, leakage
 from audiosep.errors import UsageError
@@ -31,6 +32,7 @@ def speed(request, monkeypatch):
     if request.param == "plain":
         monkeypatch.setattr(toeplitz, "compiled", lambda name: None)
         monkeypatch.setattr(gp, "compiled", lambda name: None)
+        monkeypatch.setattr(compiled, "compiled", lambda name: None)
     else:
         pytest.importorskip("numba")
 
@@ -92,12 +94,47 @@ def test_likelihood_and_gradient_are_those_of_a_cholesky_factor(kernel, speed):
         torch.testing.assert_close(mine, theirs, rtol=1e-7, atol=1e-8)
 
 
-@pytest.mark.parametrize("kernel", gp.MATERN_ORDERS)
+@pytest.mark.parametrize("kernel", state_space.ORDERS)
 def test_state_space_likelihood_is_exact(kernel, speed):
     s = draw(COLUMNS["matern12"], 1)[0]
     process = gp.Process(kernel, 7.0, 0.0, 1.3, 0.2)
     exact = -multivariate_normal(np.zeros(200), dense(process.column(200, noise=True))).logpdf(s)
-    assert gp.matern_negative_log_likelihood(s, kernel, 7.0, 1.3, 0.2) == pytest.approx(exact, rel=1e-9)
+    inverse = state_space.StateSpace.of(kernel, 7.0, 1.3, 0.2, 200)
+    assert inverse.negative_log_likelihood(s) == pytest.approx(exact, rel=1e-9)
+    dense_inverse = np.linalg.inv(dense(process.column(200, noise=True)))
+    np.testing.assert_allclose(inverse.solve(np.stack([s, s**2])), np.stack([s, s**2]) @ dense_inverse, atol=1e-9)
+    np.testing.assert_allclose(inverse.diagonal, np.diag(dense_inverse), rtol=1e-9)
+
+
+@pytest.mark.parametrize("kernel", state_space.ORDERS)
+def test_state_space_gradients_are_those_of_the_toeplitz_likelihood(kernel, speed):
+    s = torch.from_numpy(draw(COLUMNS["matern12"], 2)).requires_grad_()
+    log_scale = torch.tensor([1.0, 2.5], dtype=torch.float64, requires_grad=True)
+    lag, weights = torch.arange(200, dtype=torch.float64), torch.tensor([1.0, -2.0])
+    fast = state_space.negative_log_likelihood(s, log_scale, kernel, 0.03)
+    column = gp.correlation(kernel, lag, log_scale.exp()[:, None]) + 0.03 * (lag == 0).double()
+    slow = gp.negative_log_likelihood(s, column)
+    torch.testing.assert_close(fast, slow, rtol=1e-9, atol=0)
+    mine, theirs = (torch.autograd.grad((v * weights).sum(), [s, log_scale]) for v in (fast, slow))
+    torch.testing.assert_close(mine[0], theirs[0], rtol=1e-8, atol=1e-9)
+    torch.testing.assert_close(mine[1], theirs[1], rtol=1e-6, atol=1e-6)
+
+
+def test_long_matern_recordings_cost_little_and_give_the_same(monkeypatch):
+    """What the prior and the smoothing take where the kernel allows it: here 100,000 samples, and exactly."""
+    pytest.importorskip("numba")
+    prior, s = GPPrior(1, "matern32").double(), torch.randn(1, 100_000, dtype=torch.float64)
+    process = gp.Process("matern32", 10.0, 0.0, 1.0, 0.5)
+    gp.smooth(s[0, :100].numpy(), process)  # compiles
+    start = time.process_time()
+    fast, (mean, std) = prior.log_prob(s), gp.smooth(s[0].numpy(), process)
+    assert time.process_time() - start < 1
+    for module in (gp, gp_vae):
+        monkeypatch.setattr(module, "compiled", lambda name: None)
+    torch.testing.assert_close(fast, prior.log_prob(s), rtol=1e-9, atol=0)
+    slow = gp.smooth(s[0].numpy(), process)
+    np.testing.assert_allclose(mean, slow[0], atol=1e-9)
+    np.testing.assert_allclose(std, slow[1], rtol=1e-6)
 
 
 def test_smoothing_is_the_conditional_gaussian():
@@ -110,6 +147,13 @@ def test_smoothing_is_the_conditional_gaussian():
     np.testing.assert_allclose(std**2, np.diag(K - gain @ K), atol=1e-10)
 
 
+def left_besides(mean, covariance):
+    """Deviation of the errors after those of the offset and of the scale of the mean are taken out."""
+    U = np.linalg.qr(np.stack([np.ones(len(mean)), mean], axis=1))[0]
+    kept = np.eye(len(mean)) - U @ U.T
+    return np.sqrt(np.diag(kept @ covariance @ kept))
+
+
 def test_joint_smoothing_is_the_conditional_gaussian():
     processes = (gp.Process("rbf", 4.0, 0.0, 1.0, 0.0), gp.Process("matern32", 20.0, 0.0, 1.0, 0.0))
     noise = np.array([[0.3, 0.2], [0.2, 0.4]])
@@ -120,7 +164,8 @@ def test_joint_smoothing_is_the_conditional_gaussian():
     gain = K @ np.linalg.inv(K + np.kron(noise, np.eye(120)))
     mean, std = joint_smooth(Y, noise, processes)
     np.testing.assert_allclose(mean.T.ravel(), gain @ Y.T.ravel(), atol=1e-5)  # up to the floor under the noise
-    exact = np.sqrt(np.diag(K - gain @ K)).reshape(2, 120).T
+    P = (K - gain @ K).reshape(2, 120, 2, 120)
+    exact = np.stack([left_besides(mean[:, j], P[j, :, j]) for j in range(2)], axis=1)
     np.testing.assert_allclose(std[20:-20], exact[20:-20], rtol=0.02)
     np.testing.assert_allclose(std, exact, rtol=0.15)
 

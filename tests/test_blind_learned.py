@@ -22,6 +22,7 @@ from audiosep.blind.gp_vae import GPPrior
 from audiosep.blind.matching import match, mean_correlation
 from audiosep.blind.skr_vae import KernelRegressionPrior
 from audiosep.blind.stradiff import Diffusion, NoiseNetworks
+from audiosep.blind.vae import Turn
 from audiosep.errors import UsageError
 
 MIXING = np.array([[1.0, 0.4], [0.2, -0.9], [-0.5, 0.3]])[:2]
@@ -203,7 +204,7 @@ def test_pipelines_and_options():
         SKRVAE(mixing="bent").fit(X)
     with pytest.raises(UsageError, match="base is normal or student_t"):
         ARFlowVAE(base="cauchy").fit(X)
-    with pytest.warns(ConvergenceWarning, match="did not converge in 40 iterations: the last change"):
+    with pytest.warns(ConvergenceWarning, match="did not converge in 40 iterations: a source changed by"):
         quick(ARFlowVAE(), max_iter=40, tol=0.0).fit(X)
 
 
@@ -230,11 +231,25 @@ def test_wrong_options_are_named(estimator, message):
         estimator.fit(waves() @ MIXING.T)
 
 
+@pytest.mark.parametrize("max_iter", [2, 10, 40])
 @pytest.mark.parametrize("estimator", ALL, ids=lambda e: type(e).__name__)
-def test_too_few_iterations_are_told(estimator):
+def test_too_few_iterations_are_told(estimator, max_iter):
     X = waves() @ MIXING.T
-    with pytest.warns(ConvergenceWarning, match="ran 5 iterations, too few to tell"):
-        clone(estimator).set_params(max_iter=5, posterior="native").fit(X)
+    with pytest.warns(ConvergenceWarning, match=f"did not converge in {max_iter} iterations.* raise max_iter"):
+        clone(estimator).set_params(max_iter=max_iter, posterior="native", init="random", random_state=0).fit(X)
+
+
+def test_a_turn_is_what_scale_sign_and_offset_do_not_change():
+    first = torch.randn(100, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    first = torch.linalg.qr(first - first.mean(0))[0]
+    cos, sin = math.cos(0.03), math.sin(0.03)
+    turned = torch.stack([cos * first[:, 0] + sin * first[:, 1], first[:, 1]], 1)
+    turn = Turn(4)
+    for step, rate in enumerate((9.0, 9.0, 0.2, 0.1)):
+        turn.watch(step, rate, lambda: first)
+    turn.end(turned * torch.tensor([2.0, -3.0]) + 5.0)
+    assert turn.angle == pytest.approx(0.03)
+    assert turn.share == pytest.approx(0.1)
 
 
 def test_deviations_without_noise_are_told_to_be_lower_bounds():
@@ -247,7 +262,7 @@ def test_deviations_without_noise_are_told_to_be_lower_bounds():
         assert quick(SKRVAE()).fit(waves() @ third.T + noise).noise_ == pytest.approx(0.01, rel=0.2)
 
 
-@pytest.mark.parametrize("estimator", ALL[:3], ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize("estimator", ALL, ids=lambda e: type(e).__name__)
 def test_the_usual_iterations_suffice(estimator):
     X = waves() @ MIXING.T
     with warnings.catch_warnings():
@@ -292,6 +307,26 @@ def test_cuda_equals_the_cpu(estimator, mixing):
     assert mean_correlation(cuda.sources_, cpu.sources_) > 0.99
     assert mean_correlation(cuda.transform(X), S) > 0.98
     pickle.loads(pickle.dumps(cuda)).transform(X)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mixing", ["linear", "mlp"])
+def test_latents_are_refitted_on_the_device_of_the_fit(mixing):
+    S = waves(800)
+    X = S @ MIXING.T
+    found = quick(StrADiff(), mixing=mixing, posterior="native", device="cuda").fit(X[:400])
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.max_memory_allocated()
+    assert mean_correlation(found.transform(X[400:]), S[400:]) > 0.98
+    assert torch.cuda.max_memory_allocated() > before
+
+
+@pytest.mark.gpu
+def test_heavy_tails_and_matern_kernels_run_on_cuda():
+    X = waves() @ MIXING.T
+    for estimator in (ARFlowVAE(base="student_t"), GPVAE(kernel="matern32"), StrADiff(kernel="matern52")):
+        cpu, cuda = (quick(estimator, device=device).fit(X) for device in ("cpu", "cuda"))
+        assert mean_correlation(cuda.sources_, cpu.sources_) > 0.99
 
 
 # Why a check of scikit-learn's can't hold with posterior="gp".

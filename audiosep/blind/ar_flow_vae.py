@@ -31,7 +31,8 @@ class ARFlowVAE(VariationalSeparator):
         kept. (With mixing="mlp" that may be a wrong one: a network can bend wrong sources into likely ones.)
     posterior: "gp" or "native"
         What sources_ and sources_std_ are: the posterior under Gaussian processes fitted to the sources, or the
-        encoder's mean and its learned deviation (which is no measure of the error).
+        encoder's mean and its learned deviation (which is no measure of the error). "gp" also refines the mixing: a
+        linear one under noise, a bent one where there are as many channels as sources (see `bent`).
     hidden: int
         Size H of the flow's state.
     beta, warm: float or None
@@ -44,7 +45,8 @@ class ARFlowVAE(VariationalSeparator):
     learning_rate: float
         Peak of Adam's one-cycle schedule; 0.3 of it for "mlp".
     max_iter, tol: int, float
-        Iterations; share of the loss's range by which it may still change without a warning.
+        Iterations; how far a source may still turn in the second half of them without a warning, as a share of what
+        the learning rate allows.
     random_state, device: the seed; "auto", "cpu" or "cuda".
 
     Attributes
@@ -73,7 +75,7 @@ class ARFlowVAE(VariationalSeparator):
         block: int | None = 20000,
         learning_rate: float = 1e-2,
         max_iter: int = 400,
-        tol: float = 1e-2,
+        tol: float = 0.1,
         random_state: Any = None,
         device: str = "auto",
     ) -> None:

@@ -104,9 +104,6 @@ class BlindSeparator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
     n_sources: int | None
     random_state: Any
 
-    mean_: Array
-    mixing_: Array
-    components_: Array
     sources_: Array
     n_sources_: int
     n_iter_: int
@@ -118,29 +115,9 @@ class BlindSeparator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         self._separate(recording, check_random_state(self.random_state))
         return self
 
-    def transform(self, X: ArrayLike) -> Array:
-        """The sources (n_samples, n_sources) of a recording that was mixed alike."""
-        check_is_fitted(self)
-        return (self._checked(X, reset=False) - self.mean_) @ self.components_.T
-
-    def inverse_transform(self, sources: ArrayLike) -> Array:
-        """The recording (n_samples, n_channels) that these sources mix to."""
-        check_is_fitted(self)
-        return self._checked_sources(sources) @ self.mixing_.T + self.mean_
-
     def _separate(self, X: Array, rng: np.random.RandomState) -> None:
         """Set what is learned from the checked recording X (T, m); n_sources_ is set."""
         raise NotImplementedError
-
-    def _set_linear(self, whitening: Whitening, unmixing: Array, X: Array) -> None:
-        """Take the sources whitening(X) @ unmixing.T, unmixing (n, n): normalise, order, sign."""
-        std = (whitening(X) @ unmixing.T).std(0)
-        mixing = whitening.inverse @ np.linalg.inv(unmixing) * std
-        order, signs = order_and_signs(mixing)
-        self.mean_ = whitening.mean
-        self.mixing_ = mixing[:, order] * signs
-        self.components_ = ((unmixing / std[:, None])[order] * signs[:, None]) @ whitening.matrix
-        self.sources_ = (X - self.mean_) @ self.components_.T
 
     def _checked(self, X: ArrayLike, *, reset: bool) -> Array:
         """X as float64 (T, m), or a RecordingError that says what is wrong with it."""
@@ -163,13 +140,6 @@ class BlindSeparator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         if reset:
             _check_channels(recording)
         return recording
-
-    def _checked_sources(self, sources: ArrayLike) -> Array:
-        """sources as float64 (T, n), or a UsageError."""
-        given = np.asarray(sources, dtype=np.float64)
-        if given.ndim != 2 or given.shape[1] != self.n_sources_:
-            raise UsageError(f"sources have shape (n_samples, {self.n_sources_}), got {given.shape}")
-        return given
 
     def _count(self, X: Array) -> int:
         """The number of sources: as asked for, or estimated."""
@@ -196,7 +166,42 @@ class BlindSeparator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         return self.n_sources_
 
 
-class LinearSeparator(BlindSeparator):
+class InstantaneousSeparator(BlindSeparator):
+    """One that learns how each sample is mixed, so that other recordings mixed alike can be separated too."""
+
+    mean_: Array
+    mixing_: Array
+    components_: Array
+
+    def transform(self, X: ArrayLike) -> Array:
+        """The sources (n_samples, n_sources) of a recording that was mixed alike."""
+        check_is_fitted(self)
+        return (self._checked(X, reset=False) - self.mean_) @ self.components_.T
+
+    def inverse_transform(self, sources: ArrayLike) -> Array:
+        """The recording (n_samples, n_channels) that these sources mix to."""
+        check_is_fitted(self)
+        return self._checked_sources(sources) @ self.mixing_.T + self.mean_
+
+    def _set_linear(self, whitening: Whitening, unmixing: Array, X: Array) -> None:
+        """Take the sources whitening(X) @ unmixing.T, unmixing (n, n): normalise, order, sign."""
+        std = (whitening(X) @ unmixing.T).std(0)
+        mixing = whitening.inverse @ np.linalg.inv(unmixing) * std
+        order, signs = order_and_signs(mixing)
+        self.mean_ = whitening.mean
+        self.mixing_ = mixing[:, order] * signs
+        self.components_ = ((unmixing / std[:, None])[order] * signs[:, None]) @ whitening.matrix
+        self.sources_ = (X - self.mean_) @ self.components_.T
+
+    def _checked_sources(self, sources: ArrayLike) -> Array:
+        """sources as float64 (T, n), or a UsageError."""
+        given = np.asarray(sources, dtype=np.float64)
+        if given.ndim != 2 or given.shape[1] != self.n_sources_:
+            raise UsageError(f"sources have shape (n_samples, {self.n_sources_}), got {given.shape}")
+        return given
+
+
+class LinearSeparator(InstantaneousSeparator):
     """An estimator that whitens and then rotates: a subclass writes `_rotation`."""
 
     tol: float

@@ -11,10 +11,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from audiosep.blind.base import Array, BlindSeparator
+from audiosep.blind.base import Array, InstantaneousSeparator
 from audiosep.errors import UsageError
 
 STRETCHES = 10
+FIT_SAMPLES, BLOCK, MARGIN = 100_000, 50_000, 2_000
 
 
 class Rows(Protocol):
@@ -30,34 +31,46 @@ class WritableRows(Rows, Protocol):
 
 
 def separate_in_blocks(
-    estimator: BlindSeparator,
+    estimator: InstantaneousSeparator,
     X: Rows,
     out: WritableRows,
     *,
-    fit_samples: int = 100_000,
-    block: int = 50_000,
-    margin: int = 2_000,
-) -> BlindSeparator:
+    fit_samples: int = FIT_SAMPLES,
+    block: int = BLOCK,
+    margin: int = MARGIN,
+) -> InstantaneousSeparator:
     """Fit `estimator` to stretches of X (n_samples, n_channels) and write the sources to `out` (n_samples, n_sources).
 
     At most fit_samples samples are learned from, and at most block + 2 margin are in memory after that. Returns the
     fitted estimator; its sources_ are those of the stretches.
     Raises UsageError if `out` has another shape, or the estimator separates only what it was fitted to.
     """
-    samples = X.shape[0]
-    if block < 1 or margin < 0 or fit_samples < STRETCHES:
+    if tuple(out.shape[:1]) != (X.shape[0],) or block < 1 or margin < 0 or fit_samples < STRETCHES:
         raise UsageError(
-            f"block is at least 1, margin at least 0 and fit_samples at least {STRETCHES}, "
-            f"got {block}, {margin} and {fit_samples}"
+            f"out has as many rows as X, block is at least 1, margin at least 0 and fit_samples at least {STRETCHES}; "
+            f"got shapes {tuple(out.shape)} and {tuple(X.shape)}, {block}, {margin} and {fit_samples}"
         )
+    fit_to_stretches(estimator, X, fit_samples)
+    transform_in_blocks(estimator, X, out, block, margin)
+    return estimator
+
+
+def fit_to_stretches(estimator: InstantaneousSeparator, X: Rows, fit_samples: int = FIT_SAMPLES) -> None:
+    """Fit to at most fit_samples samples of X, spread over it."""
     estimator.fit(_stretches(X, fit_samples))
+
+
+def transform_in_blocks(
+    estimator: InstantaneousSeparator, X: Rows, out: WritableRows, block: int = BLOCK, margin: int = MARGIN
+) -> None:
+    """Write the sources of X to `out`, a block at a time."""
+    samples = X.shape[0]
     if tuple(out.shape) != (samples, estimator.n_sources_):
         raise UsageError(f"out has shape {tuple(out.shape)}, the sources have {(samples, estimator.n_sources_)}")
     for begin in range(0, samples, block):
         end = min(begin + block, samples)
         first, last = max(0, begin - margin), min(samples, end + margin)
         out[begin:end] = estimator.transform(np.asarray(X[first:last]))[begin - first : end - first]
-    return estimator
 
 
 def _stretches(X: Rows, count: int) -> Array:

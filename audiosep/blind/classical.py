@@ -282,7 +282,7 @@ class Picard(LinearSeparator):
             raise UsageError("python-picard is not installed: pip install python-picard") from error
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            _, W, _, self.n_iter_ = picard(
+            _, W, _, steps = picard(
                 Z.T,
                 whiten=False,
                 ortho=self.ortho,
@@ -291,6 +291,7 @@ class Picard(LinearSeparator):
                 random_state=rng,
                 return_n_iter=True,
             )
+        self.n_iter_ = max(1, steps)
         for warning in caught:
             known = issubclass(warning.category, UserWarning)
             warnings.warn(str(warning.message), ConvergenceWarning if known else warning.category, stacklevel=4)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from audiosep import audio, blind, report
+from audiosep.blind import blocks
 from audiosep.errors import AudioError, UsageError
 from audiosep.progress import Callback
 
@@ -35,12 +39,21 @@ METHODS = {
     "ilrma": "ILRMA",
     "fastmnmf2": "FastMNMF2",
 }
+ROOMS = ("auxiva", "ilrma", "fastmnmf2")  # they separate the recording that they are fitted to, whole
 TABLES = {".csv": ",", ".tsv": "\t", ".txt": None}  # None: white space
+
+
+# Numbers in a recording above which it stays on disk and is separated in blocks: smoothing takes many times its memory.
+LONG = 20_000_000
+LINES = 50_000  # of a table that are read at once
+SHOWN = 2_000_000  # numbers of a long recording's sources that are on the page
+# What this command writes into its folder, perhaps with more sources or as another kind in an earlier run.
+OURS = re.compile(r"source_\d+\.\w+|sources(_std)?\.\w+|mixing\.csv")
 
 
 @dataclass(frozen=True)
 class Recording:
-    """samples (T, m); the channels' names and samples per second, where they have any; info, for audio."""
+    """samples (T, m), long ones mapped from disk; the channels' names and samples per second, if any; info of audio."""
 
     samples: Array
     names: tuple[str, ...] = ()
@@ -63,21 +76,46 @@ def run(
     options are the estimator's parameters. Returns facts, with the written files as "files".
     Raises UsageError for an unknown method or option, AudioError or RecordingError for the recording.
     """
-    recording = read(path)
-    estimator = build(method, n_sources, options or {}, seed)
-    if progress is not None and hasattr(estimator, "progress"):
-        estimator.progress = progress
-    start = time.monotonic()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        estimator.fit(recording.samples)
-    seconds = time.monotonic() - start
-    facts = _facts(estimator, method, recording, seconds)
-    facts["warnings"] = [str(w.message) for w in caught if w.category.__name__ == "ConvergenceWarning"]
-    facts["files"] = [os.fspath(p) for p in write(Path(path), Path(out), recording, estimator)]
-    page = Path(out) / "report.html"
-    _write_page(page, Path(path).name, facts, recording, estimator)
+    with tempfile.TemporaryDirectory(prefix="audiosep-", ignore_cleanup_errors=True) as scratch:
+        recording = read(path, Path(scratch))
+        estimator = build(method, n_sources, options or {}, seed)
+        if progress is not None and hasattr(estimator, "progress"):
+            estimator.progress = progress
+        start = time.monotonic()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            sources = _separate(estimator, method, recording, Path(scratch))
+            seconds = time.monotonic() - start
+            written = write(Path(path), Path(out), recording, estimator, sources)
+        told = [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
+        facts = _facts(estimator, method, recording, seconds)
+        facts["warnings"] = list(dict.fromkeys([*told, *_left_over(Path(out), written)]))
+        facts["files"] = [os.fspath(p) for p in written]
+        page = Path(out) / "report.html"
+        _write_page(page, Path(path).name, facts, recording, estimator, sources)
     return {**facts, "page": os.fspath(page)}
+
+
+def _left_over(out: Path, written: Sequence[Path]) -> list[str]:
+    """A warning that names the sources of an earlier run in the folder, if any."""
+    names = sorted({p.name for p in out.iterdir() if OURS.fullmatch(p.name)} - {p.name for p in written})
+    return [f"{out} also holds {', '.join(names)} of an earlier run"] if names else []
+
+
+def _separate(estimator: Any, method: str, recording: Recording, scratch: Path) -> Array:
+    """Fit, and the sources (T, n): those fitted, or of a long recording those found block by block, on disk."""
+    X = recording.samples
+    if X.size <= LONG:
+        return np.asarray(estimator.fit(X).sources_)
+    if method in ROOMS:
+        raise UsageError(
+            f"{method} separates whole recordings only, and {X.shape[0]} samples of {X.shape[1]} channels are too long "
+            f"for it (at most {LONG // X.shape[1]}): cut it, or take another method"
+        )
+    blocks.fit_to_stretches(estimator, X)
+    sources = np.memmap(scratch / "sources", np.float64, "w+", shape=(len(X), estimator.n_sources_))
+    blocks.transform_in_blocks(estimator, X, sources)
+    return sources
 
 
 def build(method: str, n_sources: int | None, options: dict[str, Any], seed: int) -> Any:
@@ -106,36 +144,64 @@ def parse(settings: Sequence[str]) -> dict[str, Any]:
     return options
 
 
-def read(path: str | os.PathLike[str]) -> Recording:
-    """A recording of one of these kinds: audio; csv, tsv, txt with a column per channel; npy; mat; edf."""
+def read(path: str | os.PathLike[str], scratch: Path | None = None) -> Recording:
+    """A recording of one of these kinds: audio; csv, tsv, txt with a column per channel; npy; mat; edf.
+
+    Long audio and tables are unpacked into the folder `scratch`, if there is one, and mapped from there.
+    """
     source = Path(path)
     reader = READERS.get(source.suffix.lower())
     if reader is None:
-        return _read_audio(source)
+        return _read_audio(source, scratch)
     if not source.is_file():
         raise AudioError(f"{source}: no such file")
     try:
-        return reader(source)
+        return reader(source, scratch)
     except UsageError:
         raise
     except Exception as error:  # of whatever kind the file made the format's reader stumble
         raise AudioError(f"{source}: can't be read: {' '.join(str(error).split())}") from error
 
 
-def _read_audio(path: Path) -> Recording:
+def _gathered(parts: Iterable[NDArray[Any]], scratch: Path | None) -> Array:
+    """All rows of the parts (n, m): in memory, or past LONG numbers in a file of scratch."""
+    parts = iter(parts)
+    first: list[NDArray[Any]] = []
+    while sum(part.size for part in first) <= LONG or scratch is None:
+        part = next(parts, None)
+        if part is None:
+            return np.concatenate(first).astype(np.float64)
+        first.append(part)
+    assert scratch is not None
+    path = scratch / "recording"
+    with path.open("wb") as file:
+        for part in chain(first, parts):
+            file.write(np.ascontiguousarray(part).tobytes())
+    return np.memmap(path, first[0].dtype, "r").reshape(-1, first[0].shape[1])
+
+
+def _read_audio(path: Path, scratch: Path | None) -> Recording:
     with audio.open_reader(path) as reader:
-        wave = np.concatenate(list(reader.blocks(audio.BLOCK)), axis=1)
-        return Recording(wave.T.astype(np.float64), rate=reader.info.sample_rate, info=reader.info)
+        samples = _gathered((block.T for block in reader.blocks(audio.BLOCK)), scratch)
+        return Recording(samples, rate=reader.info.sample_rate, info=reader.info)
 
 
-def _read_table(path: Path) -> Recording:
+def _read_table(path: Path, scratch: Path | None) -> Recording:
     delimiter = TABLES[path.suffix.lower()]
     with path.open(encoding="utf-8-sig") as file:
         first = file.readline().strip()
     cells = [cell.strip().strip('"') for cell in first.split(delimiter)]
     named = not all(_is_number(cell) for cell in cells)
-    samples = np.loadtxt(path, delimiter=delimiter, skiprows=int(named), ndmin=2, encoding="utf-8-sig")
+    samples = _gathered(_parts_of_table(path, delimiter, named), scratch)
     return Recording(samples, tuple(cells) if named else ())
+
+
+def _parts_of_table(path: Path, delimiter: str | None, named: bool) -> Iterator[Array]:
+    with path.open(encoding="utf-8-sig") as file:
+        if named:
+            file.readline()
+        while lines := list(islice(file, LINES)):
+            yield np.loadtxt(lines, delimiter=delimiter, ndmin=2)
 
 
 def _is_number(text: str) -> bool:
@@ -146,11 +212,12 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _read_npy(path: Path) -> Recording:
-    return Recording(_two_axes(np.load(path, allow_pickle=False)))
+def _read_npy(path: Path, scratch: Path | None) -> Recording:
+    mapped = path.stat().st_size > LONG
+    return Recording(_two_axes(np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)))
 
 
-def _read_mat(path: Path) -> Recording:
+def _read_mat(path: Path, scratch: Path | None) -> Recording:
     from scipy.io import loadmat
 
     try:
@@ -171,7 +238,7 @@ def _edfio() -> Any:
         raise UsageError("edf files need edfio: pip install 'audiosep[blind]'") from error
 
 
-def _read_edf(path: Path) -> Recording:
+def _read_edf(path: Path, scratch: Path | None) -> Recording:
     signals = _edfio().read_edf(path).signals
     rates = {signal.sampling_frequency for signal in signals}
     if len(rates) != 1:
@@ -184,11 +251,11 @@ def _two_axes(values: NDArray[Any]) -> Array:
         raise ValueError(f"rows are samples and columns channels; this has shape {values.shape}")
     if values.dtype.kind not in "fiu":
         raise ValueError(f"holds {values.dtype}, not real numbers")
-    return values.astype(np.float64)
+    return values if values.size > LONG else values.astype(np.float64)
 
 
 # How files of each kind are read; all others are audio.
-READERS: dict[str, Callable[[Path], Recording]] = {
+READERS: dict[str, Callable[[Path, Path | None], Recording]] = {
     **dict.fromkeys(TABLES, _read_table),
     ".npy": _read_npy,
     ".mat": _read_mat,
@@ -196,24 +263,23 @@ READERS: dict[str, Callable[[Path], Recording]] = {
 }
 
 
-def write(path: Path, out: Path, recording: Recording, estimator: Any) -> list[Path]:
-    """The sources as files of the recording's kind, and the mixing matrix as csv."""
+def write(path: Path, out: Path, recording: Recording, estimator: Any, sources: Array) -> list[Path]:
+    """The sources (T, n) as files of the recording's kind, and the mixing matrix as csv."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise AudioError(f"{out}: can't be written: {error.strerror}") from error
-    sources = estimator.sources_
     written = []
     if recording.info is not None:
         suffix = path.suffix.lower().lstrip(".")
         suffix = suffix if suffix in audio.FORMATS else "wav"
         subtype = audio.subtype_for(recording.info, suffix)
-        for j, wave in enumerate(heard(estimator).T, start=1):
-            written.append(out / f"source_{j}.{suffix}")
-            audio.write(written[-1], wave[None], recording.info.sample_rate, subtype)
+        for j, level in enumerate(levels(estimator)):
+            written.append(out / f"source_{j + 1}.{suffix}")
+            _write_wave(written[-1], sources[:, j], level, recording.info.sample_rate, subtype)
     else:
         written.append(_write_array(out / f"sources{path.suffix.lower()}", sources, recording.rate))
-        if hasattr(estimator, "sources_std_"):
+        if getattr(estimator, "sources_std_", np.empty(0)).shape == sources.shape:  # not those of stretches
             deviations = out / f"sources_std{path.suffix.lower()}"
             written.append(_write_array(deviations, estimator.sources_std_, recording.rate))
     if hasattr(estimator, "mixing_"):
@@ -221,11 +287,19 @@ def write(path: Path, out: Path, recording: Recording, estimator: Any) -> list[P
     return written
 
 
-def heard(estimator: Any) -> Array:
-    """The sources (T, n) at the level they have in the channel where each is strongest."""
+def levels(estimator: Any) -> Array:
+    """What the sources are multiplied by to sound as in the channel where each is strongest: (n,)."""
     if not hasattr(estimator, "mixing_"):  # those for rooms keep the level of the first channel
-        return np.asarray(estimator.sources_)
-    return np.asarray(estimator.sources_ * np.abs(estimator.mixing_).max(0))
+        return np.ones(estimator.n_sources_)
+    return np.asarray(np.abs(estimator.mixing_).max(0))
+
+
+def _write_wave(path: Path, source: Array, level: float, rate: int, subtype: str) -> None:
+    with audio.Writer(path, rate, 1, subtype=subtype, frames=len(source)) as writer:
+        for begin in range(0, len(source), audio.BLOCK):
+            writer.write(level * source[None, begin : begin + audio.BLOCK])
+    if writer.clipped:
+        warnings.warn(f"{path.name}: {writer.clipped} samples beyond full scale were limited", stacklevel=3)
 
 
 def _write_array(path: Path, values: Array, rate: float | None = None) -> Path:
@@ -274,20 +348,27 @@ def _facts(estimator: Any, method: str, recording: Recording, seconds: float) ->
     return facts
 
 
-def _write_page(path: Path, name: str, facts: dict[str, Any], recording: Recording, estimator: Any) -> None:
-    samples = len(recording.samples)
-    end, unit = (samples / recording.rate, "s") if recording.rate else (float(samples), "samples")
-    tracks, plots = [], []
-    if recording.info:
-        rate = recording.info.sample_rate
-        tracks = [(f"source {j}", wave[None], rate) for j, wave in enumerate(heard(estimator).T, start=1)]
-    for j, source in enumerate(estimator.sources_.T):
+def _write_page(
+    path: Path, name: str, facts: dict[str, Any], recording: Recording, estimator: Any, sources: Array
+) -> None:
+    whole = sources.size <= LONG
+    shown = sources if whole else sources[: SHOWN // sources.shape[1]]
+    if not whole:
+        facts = {**facts, "below": f"the first {len(shown)} samples"}
+    end, unit = (len(shown) / recording.rate, "s") if recording.rate else (float(len(shown)), "samples")
+    deviations = getattr(estimator, "sources_std_", None) if whole else None
+    tracks, plots, spectra = [], [], []
+    for j, source in enumerate(shown.T):
         label = f"source {j + 1}"
         bands = {}
-        if hasattr(estimator, "sources_std_"):
-            reach = 1.96 * estimator.sources_std_[:, j]
+        if deviations is not None:
+            reach = 1.96 * deviations[:, j]
             bands = {label: (source - reach, source + reach)}
         plots.append(report.Plot(f"{label}, with its 95 % band" if bands else label, {label: source}, unit, end, bands))
+        if recording.info:
+            tracks.append((label, levels(estimator)[j] * source[None], recording.info.sample_rate))
+        else:
+            spectra.append(report.Spectrum(f"{label}, spectrogram", source, recording.rate))
     if hasattr(estimator, "loss_curve_"):
         plots.append(report.Plot("loss", {"loss": estimator.loss_curve_}, "iterations", estimator.n_iter_))
         for key, trace in estimator.traces_.items():
@@ -295,4 +376,4 @@ def _write_page(path: Path, name: str, facts: dict[str, Any], recording: Recordi
             curves = {f"source {j + 1}" if trace.ndim == 2 else key: column for j, column in enumerate(columns)}
             title = key.rstrip("_").replace("_", " ")
             plots.append(report.Plot(title, curves, "iterations", estimator.n_iter_))
-    report.write_page(path, f"Sources of {name}", facts, tracks, plots)
+    report.write_page(path, f"Sources of {name}", facts, tracks, plots, spectra=spectra)

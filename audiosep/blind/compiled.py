@@ -22,7 +22,15 @@ def compiled(name: str) -> Callable[..., Any] | None:
         import numba
     except ImportError:
         return None
-    functions = (durbin, matern_filter, flow_forward, flow_backward)
+    functions = (
+        durbin,
+        matern_gains,
+        matern_filter,
+        matern_adjoint,
+        matern_diagonal,
+        flow_forward,
+        flow_backward,
+    )
     return numba.njit({f.__name__: f for f in functions}[name], cache=True, fastmath={"reassoc", "contract", "nsz"})
 
 
@@ -48,19 +56,107 @@ def durbin(column: Array) -> tuple[Array, Array]:
     return a, errors
 
 
-def matern_filter(s: Array, transition: Array, stationary: Array, noise: float) -> tuple[Array, Array]:
-    """Innovations and their variances of a state-space process observed in noise: (T,), (T,)."""
-    samples, size = len(s), len(transition)
-    innovations, variances = np.empty(samples), np.empty(samples)
-    state, spread = np.zeros(size), stationary.copy()
-    process = stationary - transition @ stationary @ transition.T
+def matern_gains(transition: Array, stationary: Array, noise: float, samples: int) -> tuple[Array, Array]:
+    """Gains (T, p) and innovations' variances (T,) of the filter in `state_space`; they soon are the same always."""
+    size = len(transition)
+    gains, variances = np.empty((samples, size)), np.empty(samples)
+    left, moved, after = np.empty((size, size)), np.empty((size, size)), np.empty((size, size))
+    process = np.empty((size, size))
+    for i in range(size):  # stationary - F stationary F^T
+        for j in range(size):
+            process[i, j] = stationary[i, j]
+            for k in range(size):
+                for m in range(size):
+                    process[i, j] -= transition[i, k] * stationary[k, m] * transition[j, m]
+    spread = stationary.copy()
+    for t in range(samples):
+        variances[t] = spread[0, 0] + noise
+        for i in range(size):
+            gains[t, i] = spread[i, 0] / variances[t]
+        for i in range(size):
+            for j in range(size):
+                left[i, j] = spread[i, j] - gains[t, i] * spread[0, j]
+        for i in range(size):
+            for j in range(size):
+                moved[i, j] = 0.0
+                for k in range(size):
+                    moved[i, j] += transition[i, k] * left[k, j]
+        change = 0.0
+        for i in range(size):
+            for j in range(size):
+                after[i, j] = process[i, j]
+                for k in range(size):
+                    after[i, j] += moved[i, k] * transition[j, k]
+                change = max(change, abs(after[i, j] - spread[i, j]) / np.sqrt(spread[i, i] * spread[j, j]))
+        if change <= 1e-14:
+            variances[t:] = variances[t]
+            gains[t:] = gains[t]
+            break
+        spread[:] = after
+    return gains, variances
+
+
+def matern_filter(s: Array, transition: Array, gains: Array) -> Array:
+    """Innovations (T,) of a signal s (T,)."""
+    samples, size = gains.shape
+    innovations, state, moved = np.empty(samples), np.zeros(size), np.zeros(size)
     for t in range(samples):
         innovations[t] = s[t] - state[0]
-        variances[t] = spread[0, 0] + noise
-        gain = spread[:, 0] / variances[t]
-        state = transition @ (state + gain * innovations[t])
-        spread = transition @ (spread - np.outer(gain, spread[0])) @ transition.T + process
-    return innovations, variances
+        for i in range(size):
+            moved[i] = state[i] + gains[t, i] * innovations[t]
+        for i in range(size):
+            total = 0.0
+            for k in range(size):
+                total += transition[i, k] * moved[k]
+            state[i] = total
+    return innovations
+
+
+def matern_adjoint(weights: Array, transition: Array, gains: Array) -> Array:
+    """L^-T weights (T,), backwards in time."""
+    samples, size = gains.shape
+    found, after, moved = np.empty(samples), np.zeros(size), np.zeros(size)
+    for t in range(samples - 1, -1, -1):
+        total = weights[t]
+        for i in range(size):
+            moved[i] = 0.0
+            for k in range(size):
+                moved[i] += transition[k, i] * after[k]
+            total += gains[t, i] * moved[i]
+        found[t] = total
+        after[:] = moved
+        after[0] -= total
+    return found
+
+
+def matern_diagonal(variances: Array, transition: Array, gains: Array) -> Array:
+    """The diagonal (T,) of the inverse covariance, backwards in time."""
+    samples, size = gains.shape
+    found, after = np.empty(samples), np.zeros((size, size))
+    half, moved, image = np.empty((size, size)), np.empty((size, size)), np.empty(size)
+    for t in range(samples - 1, -1, -1):
+        for i in range(size):  # moved = F^T after F
+            for j in range(size):
+                half[i, j] = 0.0
+                for k in range(size):
+                    half[i, j] += transition[k, i] * after[k, j]
+        for i in range(size):
+            for j in range(size):
+                moved[i, j] = 0.0
+                for k in range(size):
+                    moved[i, j] += half[i, k] * transition[k, j]
+        found[t] = 1 / variances[t]
+        for i in range(size):
+            image[i] = 0.0
+            for k in range(size):
+                image[i] += moved[i, k] * gains[t, k]
+            found[t] += gains[t, i] * image[i]
+        after[:] = moved  # (I - g e^T)^T moved (I - g e^T) + e e^T / D
+        for i in range(size):
+            after[0, i] -= image[i]
+            after[i, 0] -= image[i]
+        after[0, 0] += found[t]
+    return found
 
 
 def flow_forward(

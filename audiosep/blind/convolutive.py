@@ -19,6 +19,10 @@ from audiosep.errors import UsageError
 from audiosep.stft import istft, stft
 
 
+class _Missing(UsageError, AttributeError):
+    """Told in the user's words, and yet `hasattr` says no, as scikit-learn asks."""
+
+
 class ConvolutiveSeparator(BlindSeparator):
     """Base of the wrappers. What was fitted is one recording: there is `fit_transform`, and no transform of others."""
 
@@ -29,11 +33,12 @@ class ConvolutiveSeparator(BlindSeparator):
         """The sources (n_samples, n_sources) of the recording X (n_samples, n_channels)."""
         return self.fit(X).sources_
 
-    def transform(self, X: ArrayLike) -> Array:
-        raise UsageError(f"{type(self).__name__} separates the recording that it is fitted to: use fit_transform")
-
-    def inverse_transform(self, sources: ArrayLike) -> Array:
-        raise UsageError(f"{type(self).__name__} learns filters, no mixing matrix: it has no inverse_transform")
+    def __getattr__(self, name: str) -> Any:
+        if name == "transform":
+            raise _Missing(f"{type(self).__name__} separates the recording that it is fitted to: use fit_transform")
+        if name == "inverse_transform":
+            raise _Missing(f"{type(self).__name__} learns filters, no mixing matrix: it has no inverse_transform")
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def _separate(self, X: Array, rng: np.random.RandomState) -> None:
         try:

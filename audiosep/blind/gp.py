@@ -6,7 +6,8 @@ With x and the diagonal sums of K^-1 from `toeplitz`,
     NLL = (T log 2 pi + log|K| + s^T K^-1 s) / 2,    dNLL/ds = a = K^-1 s,
     dNLL/dr[d] = (sum of both d-th diagonals of K^-1 - a a^T) / 2,
 
-exact at O(T^2) (O(T log T) past 16,000 samples), where a Cholesky factor costs O(T^3).
+exact at O(T^2) (O(T log T) past 16,000 samples), where a Cholesky factor costs O(T^3). Matern processes that are not
+moved to a frequency take O(T), by `state_space`.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.linalg import expm
 from scipy.optimize import minimize
 from scipy.signal.windows import tukey
 from torch import Tensor
 
-from audiosep.blind import toeplitz
-from audiosep.blind.compiled import compiled, matern_filter
+from audiosep.blind import state_space, toeplitz
+from audiosep.blind.compiled import compiled
+from audiosep.blind.state_space import StateSpace
 from audiosep.errors import UsageError
 
 Array = NDArray[np.float64]
@@ -141,16 +142,21 @@ class Process:
 NOISE_FLOOR = 1e-6  # of the variance: keeps the covariance of noise-free smooth sources invertible
 
 
+def inverse_of(process: Process, samples: int) -> toeplitz.Inverse | StateSpace:
+    """The inverse covariance of the process and its noise, by whichever is fastest."""
+    if process.kernel in state_space.ORDERS and process.frequency == 0 and compiled("matern_filter"):
+        return StateSpace.of(process.kernel, process.length_scale, process.variance, process.noise, samples)
+    return toeplitz.Inverse.of(process.column(samples, noise=True))
+
+
 def smooth(observed: Array, process: Process) -> tuple[Array, Array]:
     """The exact posterior of s given observed = s + noise: mean (T,), standard deviation (T,).
 
-    With C = K + v I: mean = K C^-1 y, and the covariance K - K C^-1 K = v I - v^2 C^-1, whose diagonal the
-    Gohberg-Semencul formula holds. v is at least NOISE_FLOOR of the variance.
+    With C = K + v I: mean = K C^-1 y, and the covariance K - K C^-1 K = v I - v^2 C^-1. v is at least NOISE_FLOOR of
+    the variance.
     """
     noise = max(process.noise, NOISE_FLOOR * process.variance)
-    column = process.column(len(observed))
-    column[0] += noise
-    inverse = toeplitz.Inverse.of(column)
+    inverse = inverse_of(replace(process, noise=noise), len(observed))
     mean = observed - noise * inverse.solve(observed)  # K C^-1 y = y - v C^-1 y
     variance = noise - noise**2 * inverse.diagonal
     return mean, np.sqrt(np.maximum(variance, 0.0))
@@ -295,39 +301,3 @@ def _climb(unit: Tensor, begin: Process, noise: float | None, max_iter: int) -> 
         float(np.exp(x[3])) if noise is None else noise,
         float(found.fun),
     )
-
-
-MATERN_ORDERS = {"matern12": 0, "matern32": 1, "matern52": 2}
-
-
-def matern_state_space(kernel: str, length_scale: float, variance: float = 1.0) -> tuple[Array, Array]:
-    """Transition over one sample and stationary covariance of the state (s, s', ...): (p + 1, p + 1) each.
-
-    Hartikainen and Sarkka, "Kalman filtering and smoothing solutions to temporal Gaussian process regression models"
-    (2010): Matern processes of half-integer smoothness are Markov in s and its first p derivatives.
-    """
-    if kernel not in MATERN_ORDERS:
-        raise UsageError(f"kernel is {', '.join(MATERN_ORDERS)} for a state space, got {kernel!r}")
-    order = MATERN_ORDERS[kernel]
-    rate = np.sqrt(2 * order + 1) / length_scale
-    companion = {
-        0: [[-rate]],
-        1: [[0, 1], [-(rate**2), -2 * rate]],
-        2: [[0, 1, 0], [0, 0, 1], [-(rate**3), -3 * rate**2, -3 * rate]],
-    }[order]
-    shape = {
-        0: [[1.0]],
-        1: [[1, 0], [0, rate**2]],
-        2: [[1, 0, -(rate**2) / 3], [0, rate**2 / 3, 0], [-(rate**2) / 3, 0, rate**4]],
-    }[order]
-    return expm(np.array(companion, dtype=np.float64)), variance * np.array(shape, dtype=np.float64)
-
-
-def matern_negative_log_likelihood(
-    s: Array, kernel: str, length_scale: float, variance: float = 1.0, noise: float = 0.0
-) -> float:
-    """-log N(s; 0, K + noise I) of s (T,) for a Matern kernel, by a Kalman filter: exact, O(T), in constant memory."""
-    transition, stationary = matern_state_space(kernel, length_scale, variance)
-    run = compiled("matern_filter") or matern_filter
-    innovations, variances = run(np.ascontiguousarray(s, dtype=np.float64), transition, stationary, float(noise))
-    return 0.5 * float(np.sum(np.log(2 * np.pi * variances) + innovations**2 / variances))

@@ -28,13 +28,14 @@ NOISE_THAT_COUNTS = 1e-3  # of a source's power: with less the mixing is left as
 
 @dataclass(frozen=True)
 class Posterior:
-    """mean, std (T, n); mixing (m, n) as refined; processes of the sources; noise variance per channel."""
+    """mean, std (T, n); mixing (m, n), refined or not; processes of the sources; noise variance per channel."""
 
     mean: Array
     std: Array
     mixing: Array
     processes: tuple[gp.Process, ...]
     noise: float
+    refined: bool
 
 
 def gaussian_posterior(X: Array, mixing: Array, *, refine: bool = True, kernels: tuple[str, ...] = ()) -> Posterior:
@@ -44,10 +45,11 @@ def gaussian_posterior(X: Array, mixing: Array, *, refine: bool = True, kernels:
     biased by it). Without noise, mean is the unmixed X.
     """
     noise, processes = noise_and_processes(X, mixing, kernels)
+    refined = False
     for done in range(ROUNDS if refine else 0):
         if not _counts(noise, mixing, processes):
             break
-        before, mixing = mixing, refined_mixing(X, mixing, processes, noise)
+        before, mixing, refined = mixing, refined_mixing(X, mixing, processes, noise), True
         change = np.linalg.norm(mixing - before) / np.linalg.norm(mixing)
         noise, processes = noise_and_processes(X, mixing, kernels, processes if done and change < LARGE_CHANGE else ())
         if change < SMALL_CHANGE:
@@ -57,7 +59,7 @@ def gaussian_posterior(X: Array, mixing: Array, *, refine: bool = True, kernels:
         passed = _passed(mean, np.diag(_unmixed_noise(mixing, noise)), processes)
         leaked = np.einsum("jtk,jkl,jtl->tj", passed, leakage(X, mixing, processes, noise), passed)
         std = np.sqrt(std**2 + leaked)
-    return Posterior(mean, std, mixing, processes, noise)
+    return Posterior(mean, std, mixing, processes, noise, refined)
 
 
 def smooth(X: Array, mixing: Array, processes: tuple[gp.Process, ...], noise: float) -> tuple[Array, Array]:
@@ -72,11 +74,12 @@ def _unmixed_noise(mixing: Array, noise: float) -> Array:
 
 def _passed(S: Array, noise: Array, processes: tuple[gp.Process, ...]) -> Array:
     """What the smoothing of each source j leaves of source k in it, [j, t, k]: (n, T, n) of sources S (T, n)."""
-    passed = np.zeros((len(processes), *S.shape))
+    passed = np.empty((len(processes), *S.shape))
     for j, process in enumerate(processes):
-        for k in range(len(processes)):
-            if k != j:
-                passed[j, :, k] = gp.smooth(S[:, k], replace(process, noise=noise[j]))[0]
+        known = replace(process, noise=max(noise[j], gp.NOISE_FLOOR * process.variance))
+        inverse = gp.inverse_of(known, len(S))
+        passed[j] = S - known.noise * inverse.solve(S.T).T
+        passed[j, :, j] = 0.0
     return passed
 
 
@@ -222,7 +225,8 @@ def joint_smooth(Y: Array, noise: Array, processes: tuple[gp.Process, ...]) -> t
     """Posterior mean and standard deviation (T, n) of processes S given Y = S + white noise of covariance (n, n).
 
     The mean is exact. The deviation is that of each source by itself, exact at the edges too, narrowed by what the
-    noise shared with the other sources tells inside.
+    noise shared with the other sources tells inside. A source's scale and offset can't be known, and errors of them are
+    none: the deviation is that of what is left besides them (`_besides`).
     """
     samples = len(Y)
     floor = np.diag([gp.NOISE_FLOOR * p.variance for p in processes])
@@ -232,12 +236,24 @@ def joint_smooth(Y: Array, noise: Array, processes: tuple[gp.Process, ...]) -> t
         mean = Y - (noise @ _solve(columns, noise, Y.T)).T  # K C^-1 Y = Y - N C^-1 Y
     else:
         noise, mean = floor, Y
-    alone = np.stack(
-        [gp.smooth(y, replace(p, noise=v))[1] for y, p, v in zip(Y.T, processes, np.diag(noise))],
-        axis=1,
-    )
+    alone = np.stack([_besides(replace(p, noise=v), m) for p, v, m in zip(processes, np.diag(noise), mean.T)], axis=1)
     spectra = np.stack([gp.expected_power(c, fade=1.0) for c in columns])  # (n, F)
     return mean, alone * _narrowing(spectra, noise, samples)
+
+
+def _besides(process: gp.Process, mean: Array) -> Array:
+    """Posterior standard deviation (T,) of a process seen in its noise, but for the scale and offset of its mean (T,).
+
+    The covariance is P = v I - v^2 C^-1, C of the noisy process. With orthonormal u of the offset and the centred mean
+    the errors left are (I - U U^T) e, of variances P_tt - 2 (P U U^T)_tt + (U U^T P U U^T)_tt.
+    """
+    inverse, noise = gp.inverse_of(process, len(mean)), process.noise
+    variance = noise - noise**2 * inverse.diagonal
+    centred = mean - mean.mean()
+    U = np.stack([np.full_like(mean, len(mean) ** -0.5), centred / max(float(np.linalg.norm(centred)), 1e-300)])
+    PU = noise * (U - noise * inverse.solve(U))  # (2, T)
+    variance += (U * ((PU @ U.T) @ U)).sum(0) - 2 * (U * PU).sum(0)
+    return np.sqrt(np.maximum(variance, 0.0))
 
 
 def _narrowing(spectra: Array, noise: Array, samples: int) -> Array:

@@ -99,7 +99,7 @@ class SKRVAE(VariationalSeparator):
         block: int | None = 20000,
         learning_rate: float = 1e-2,
         max_iter: int = 400,
-        tol: float = 1e-2,
+        tol: float = 0.1,
         random_state: Any = None,
         device: str = "auto",
     ) -> None:

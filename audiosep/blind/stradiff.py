@@ -15,6 +15,7 @@ Not in the paper, and ours: the noise schedule, the networks, nu, the weights, t
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -27,8 +28,9 @@ from torch import Tensor, nn
 
 from audiosep.blind import gp, posterior
 from audiosep.blind.base import Array, choose, positive
+from audiosep.blind.bent import Map, fitted
 from audiosep.blind.gp_vae import GPPrior
-from audiosep.blind.vae import LearnedSeparator, Map, double_precision, whiten_safely
+from audiosep.blind.vae import LearnedSeparator, Turn, check_finite, double_precision, whiten_safely
 
 START_STD = 0.01  # of the diffusion's learned start
 LEAST_NOISE = 0.002  # nu of a recording without noise: with less the rotation of the start hardly moves
@@ -108,7 +110,8 @@ class StrADiff(LearnedSeparator):
         Where the sources start; "auto" is SOBI's. "random" is the paper's, anneals nu, and wants 3000 iterations.
     posterior: "gp" or "native"
         What sources_ and sources_std_ are: the posterior under Gaussian processes fitted to the sources, or the mean
-        and deviation over draws of the diffusion's start (which is no measure of the error).
+        and deviation over draws of the diffusion's start (which is no measure of the error). "gp" also refines the
+        mixing, as ARFlowVAE's does.
     kernel: "rbf", "matern12", "matern32" or "matern52"
     jitter: the white part xi of its unit variance (eq. 18).
     noise: float or None
@@ -161,7 +164,7 @@ class StrADiff(LearnedSeparator):
         snapshots: Sequence[int] = (),
         learning_rate: float = 1e-2,
         max_iter: int = 300,
-        tol: float = 1e-2,
+        tol: float = 0.1,
         random_state: Any = None,
         device: str = "auto",
     ) -> None:
@@ -203,13 +206,19 @@ class StrADiff(LearnedSeparator):
     def transform(self, X: ArrayLike) -> Array:
         """The sources (n_samples, n_sources) of a recording that was mixed alike, refitted under the learned mixing.
 
-        With a linear mixing and posterior="gp" that is exact smoothing; otherwise the diffusion's start is fitted anew.
+        With posterior="gp" the final step has an unmixing, which is applied and its sources smoothed; otherwise the
+        diffusion's start is fitted anew, on the device of `device`.
         """
         check_is_fitted(self)
         recording = self._checked(X, reset=False) - self.mean_
         if self.processes_ is not None and self.mixing == "linear":
             return self._smoothed(recording, recording)[0]
-        native = self._normalised(self._refit(recording))
+        if self._encoder is not None:
+            with torch.no_grad():
+                native = self._encoder(torch.from_numpy(recording @ self._whitening.matrix.T)).numpy()
+        else:
+            native = self._refit(recording)
+        native = self._normalised(native)
         return native if self.processes_ is None else self._smoothed(recording, native)[0]
 
     def inverse_transform(self, sources: ArrayLike) -> Array:
@@ -247,8 +256,9 @@ class StrADiff(LearnedSeparator):
         prior.start_from(torch.from_numpy(start.T.copy()).to(device))
         self._nu = self._noise_of(start)
         anneal = RANDOM_ANNEAL if self.init_ == "random" else 1.0
-        self._optimise(z, decoder, prior, diffusion, self._nu, anneal)
+        turn = self._optimise(z, decoder, prior, diffusion, self._nu, anneal)
         self._finish(X, z, whitening, decoder, prior, diffusion)
+        self._check_convergence(turn)
 
     def _noise_of(self, start: Array) -> float:
         if self.noise is not None:
@@ -260,7 +270,7 @@ class StrADiff(LearnedSeparator):
 
     def _optimise(
         self, z: Tensor, decoder: Map, prior: GPPrior, diffusion: Diffusion, nu: float, anneal: float
-    ) -> None:
+    ) -> Turn:
         rate = self.learning_rate
         slow = [*diffusion.networks.parameters(), *([] if decoder.bend is None else decoder.bend.parameters())]
         fast = [diffusion.mean, diffusion.log_std, decoder.weight, *prior.parameters()]
@@ -271,9 +281,11 @@ class StrADiff(LearnedSeparator):
         names = ("reconstruction_", "prior_", "diffusion_", "kl_")
         curve, terms, scales = [], [], []
         self.paths_ = {}
+        turn = Turn(self.max_iter)
         for step in range(self.max_iter):
             if step in self.snapshots:
                 self._keep_path(step, diffusion)
+            turn.watch(step, float(schedule.get_last_lr()[0]), lambda: diffusion.path(diffusion.mean)[-1].T)
             level = nu * anneal ** max(0.0, 1 - 2 * step / self.max_iter)
             s = diffusion.path(diffusion.draw())[-1].double()
             parts = (
@@ -299,7 +311,9 @@ class StrADiff(LearnedSeparator):
         self.traces_ = {"length_scales_": torch.stack(scales).cpu().numpy(), **dict(zip(names, columns))}
         self.elbo_ = -float(self.traces_["reconstruction_"][-1] + self.traces_["prior_"][-1])
         self.n_iter_ = self.max_iter
-        self._check_convergence()
+        check_finite(self.loss_curve_)
+        turn.end(diffusion.path(diffusion.mean)[-1].T)
+        return turn
 
     @torch.no_grad()
     def _keep_path(self, step: int, diffusion: Diffusion) -> None:
@@ -312,39 +326,47 @@ class StrADiff(LearnedSeparator):
         native, std = _moments(diffusion, self.draws)
         self.mean_, self._whitening = whitening.mean, whitening
         self._decoder, self._networks = decoder.cpu(), diffusion.networks.cpu()
-        if self.mixing == "linear":
-            mixing = whitening.inverse @ self._decoder.weight.numpy()
-        else:
-            mixing = np.linalg.lstsq(native - native.mean(0), X - self.mean_, rcond=None)[0].T
-        self._set_sources(X, native, std, mixing)
+        self._encoder, self._refined = None, False
+        if self._refines(z):
+            self._refine_bent(self._regression(z.cpu(), native), z.cpu())
+            assert self._encoder is not None
+            native = self._encoder(z.cpu()).numpy()
+        self._set_sources(X, native, std, self._native_mixing(X, native))
         self.length_scales_ = prior.learned()["length_scales_"].cpu().numpy()[self._order]
         self.traces_["length_scales_"] = self.traces_["length_scales_"][:, self._order]
         self.paths_ = {step: self._normalised(path) for step, path in self.paths_.items()}
+
+    def _regression(self, z: Tensor, sources: Array) -> Map:
+        """The bent map from z (T, n) to sources (T, n) of least squares."""
+        weight = torch.linalg.lstsq(z, torch.from_numpy(sources)).solution.T
+        with double_precision():
+            return fitted(Map(weight, self.mixing, self.mlp_units), z, torch.from_numpy(sources))
 
     def _normalised(self, sources: Array) -> Array:
         return sources[..., self._order] / self._scale * self._signs
 
     def _refit(self, X: Array) -> Array:
         """Native sources (T, n) of another centred recording: the diffusion's start fitted, all else as learned."""
-        z = torch.from_numpy(X @ self._whitening.matrix.T)
-        weight = self._decoder.weight.detach()
+        device = self._torch_device()
+        z = torch.from_numpy(X @ self._whitening.matrix.T).to(device)
+        decoder, networks = copy.deepcopy(self._decoder).to(device), copy.deepcopy(self._networks).to(device)
         with double_precision():
-            prior = GPPrior(self.n_sources_, self.kernel, self.jitter)
-        diffusion = Diffusion((z @ torch.linalg.pinv(weight).T).T.float(), self.steps, self._networks)
+            prior = GPPrior(self.n_sources_, self.kernel, self.jitter).to(device)
+        start = z @ torch.linalg.pinv(decoder.weight.detach()).T
+        diffusion = Diffusion(start.T.float(), self.steps, networks).to(device)
         back = np.argsort(self._order)
         with torch.no_grad():
             prior.log_length_scale.copy_(torch.from_numpy(self.length_scales_[back]).log())
         optimiser = torch.optim.Adam([diffusion.mean], lr=self.learning_rate)
         for _ in range(self.max_iter):
             s = diffusion.path(diffusion.mean)[-1].double()
-            loss = (z - self._decoder(s.T)).square().sum() / (2 * self._nu) - self.lambda_prior * prior.log_prob(
-                s
-            ).sum()
+            misfit = (z - decoder(s.T)).square().sum() / (2 * self._nu)
+            loss = misfit - self.lambda_prior * prior.log_prob(s).sum()
             optimiser.zero_grad()
             loss.backward(inputs=[diffusion.mean])
             optimiser.step()
         with torch.no_grad():
-            return diffusion.path(diffusion.mean)[-1].T.double().numpy()
+            return diffusion.path(diffusion.mean)[-1].T.double().cpu().numpy()
 
 
 @torch.no_grad()

@@ -24,24 +24,24 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
-from audiosep.blind import posterior
+from audiosep.blind import bent, posterior
 from audiosep.blind.base import (
     Array,
-    BlindSeparator,
+    InstantaneousSeparator,
     Whitening,
     choose,
     order_and_signs,
     positive,
     rank,
-    warn_unconverged,
     whiten,
 )
+from audiosep.blind.bent import Map
 from audiosep.blind.classical import SOBI, FastICA
 from audiosep.errors import UsageError
 
 INITS = ("auto", "sobi", "fastica", "random")
 PILOT_STEPS = 100  # of the prior alone, to compare the starts
-PATIENCE = 0.05  # share of the iterations over which the loss is averaged to see whether it still falls
+REFINED_TOL = 0.5  # as `tol`, where the last step refines the mixing itself and needs only a start
 
 
 class SourcePrior(Protocol):
@@ -53,26 +53,7 @@ class SourcePrior(Protocol):
     def parameters(self) -> Any: ...
 
 
-class Map(nn.Module):
-    """x W^T, and for "mlp" a small network beside it that starts at 0: (T, a) -> (T, b)."""
-
-    def __init__(self, weight: Tensor, mixing: str, hidden: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(weight.clone())
-        self.bend: nn.Module | None = None
-        if mixing == "mlp":
-            b, a = weight.shape
-            last = nn.Linear(hidden, b)
-            nn.init.zeros_(last.weight)
-            nn.init.zeros_(last.bias)
-            self.bend = nn.Sequential(nn.Linear(a, hidden), nn.Tanh(), nn.Linear(hidden, hidden), nn.Tanh(), last)
-
-    def forward(self, x: Tensor) -> Tensor:
-        straight = x @ self.weight.T
-        return straight if self.bend is None else straight + self.bend(x)
-
-
-class LearnedSeparator(BlindSeparator):
+class LearnedSeparator(InstantaneousSeparator):
     """What StrADiff and the variational separators share: starts, the device, the final posterior."""
 
     mixing: str
@@ -90,6 +71,10 @@ class LearnedSeparator(BlindSeparator):
     sources_std_: Array
     loss_curve_: Array
     traces_: dict[str, Array]
+    _whitening: Whitening
+    _encoder: Map | None = None
+    _decoder: Map
+    _refined: bool  # Is the mixing no more the native one?
     processes_: tuple[Any, ...] | None
     elbo_: float
     noise_: float
@@ -130,9 +115,25 @@ class LearnedSeparator(BlindSeparator):
         names = self._starts() if self.init == "auto" else (self.init,)
         return {name: _rotation(name, Z, rng) for name in names}
 
+    def _refines(self, z: Tensor) -> bool:
+        """Is a bent unmixing refined before the final posterior? Only of as many channels z (T, n) as sources."""
+        return self.posterior == "gp" and self.mixing == "mlp" and z.shape[1] == self.n_sources_
+
+    def _refine_bent(self, encoder: Map, z: Tensor) -> None:
+        """Take the likeliest unmixing of z (T, n), from another as a start, and the decoder that belongs to it."""
+        self._encoder = bent.refined(encoder, z)
+        self._decoder = bent.fitted(self._decoder, self._encoder(z), z)
+        self._refined = True
+
+    def _native_mixing(self, X: Array, native: Array) -> Array:
+        """The mixing (m, n) of the native sources (T, n); the best linear one for "mlp"."""
+        if self.mixing == "linear":
+            return self._whitening.inverse @ self._decoder.weight.detach().numpy()
+        return np.linalg.lstsq(native - native.mean(0), X - self.mean_, rcond=None)[0].T
+
     def _set_sources(self, X: Array, sources: Array, std: Array, mixing: Array) -> None:
         """Normalise, order and sign the native sources (T, n) with mixing (m, n); then the final posterior."""
-        _check_finite(sources)
+        check_finite(sources)
         scale = sources.std(0)
         order, signs = order_and_signs(mixing * scale)
         self._order, self._signs, self._scale = order, signs, scale[order]
@@ -151,6 +152,7 @@ class LearnedSeparator(BlindSeparator):
         """Replace sources_ and sources_std_ by the exact posterior of Gaussian processes fitted to the sources."""
         if self.mixing == "linear":
             found = posterior.gaussian_posterior(X, self.mixing_)
+            self._refined = found.refined
             self.mixing_ = found.mixing
         else:
             # The bent mixing is undone already; its best linear stand-in says how noise comes through.
@@ -173,23 +175,52 @@ class LearnedSeparator(BlindSeparator):
         square = np.linalg.qr(self.mixing_)[1]
         return posterior.smooth(native @ square.T, square, self.processes_, self.noise_)
 
-    def _check_convergence(self) -> None:
-        """Raise if the loss is not finite; warn if its mean at the end still changes by tol of its range."""
-        _check_finite(self.loss_curve_)
-        window = int(PATIENCE * len(self.loss_curve_))
-        if window <= 1:  # the loss of one draw says nothing, and the learning rate ends near 0
+    def _check_convergence(self, turn: Turn) -> None:
+        """Warn if the sources still turned, in the second half, by more than `tol` of what the rates allowed."""
+        if turn.share > (max(self.tol, REFINED_TOL) if self._refined else self.tol):
             warnings.warn(
-                f"{type(self).__name__} ran {self.n_iter_} iterations, too few to tell whether it converged: "
-                "raise max_iter",
+                f"{type(self).__name__} did not converge in {self.n_iter_} iterations: a source changed by "
+                f"{100 * turn.angle:.2g} % in the second half of them, {100 * turn.share:.0f} % of what the learning "
+                f"rate allows (tol is {100 * self.tol:.2g} %); raise max_iter",
                 ConvergenceWarning,
                 stacklevel=4,
             )
-            return
-        last, before = self.loss_curve_[-window:].mean(), self.loss_curve_[-2 * window : -window].mean()
-        spread = max(float(np.ptp(self.loss_curve_)), 1e-12)
-        change = abs(last - before) / spread
-        if change > self.tol:
-            warn_unconverged(self, self.n_iter_, change, self.tol)
+
+
+class Turn:
+    """How far the sources turn in the second half of the iterations.
+
+    angle: the largest of a source's (rad), 0 if only its scale, offset and sign changed. share: the angle over the sum
+    of the learning rates, the way that Adam goes where all gradients agree. Where the optimum is reached, gradients
+    contradict each other, and the share is small however few or small the steps were. The loss can't tell: it is that
+    of one draw, and hardly changes once the learning rate has fallen.
+    """
+
+    def __init__(self, iterations: int) -> None:
+        self._half = iterations // 2
+        self._allowed = 0.0
+        self.angle = 0.0
+
+    def watch(self, step: int, rate: float, sources: Callable[[], Tensor]) -> None:
+        """Before each iteration: its learning rate, and the sources (T, n) as they are."""
+        if step == self._half:
+            self._before = _unit(sources())
+        if step >= self._half:
+            self._allowed += rate
+
+    def end(self, sources: Tensor) -> None:
+        after = _unit(sources)
+        chord = torch.minimum((after - self._before).norm(dim=0), (after + self._before).norm(dim=0))
+        self.angle = float((2 * torch.asin(chord / 2)).max())
+
+    @property
+    def share(self) -> float:
+        return self.angle / self._allowed
+
+
+def _unit(sources: Tensor) -> Tensor:
+    centred = (sources - sources.mean(0)).detach().double()
+    return centred / centred.norm(dim=0)
 
 
 @dataclass
@@ -206,6 +237,7 @@ class _Fit:
     elbo: float = float("nan")
     curve: Array = field(default_factory=lambda: np.empty(0))
     traces: dict[str, Array] = field(default_factory=dict)
+    turn: Turn = field(default_factory=lambda: Turn(1))
 
     def parameters(self) -> list[nn.Parameter]:
         return [self.log_q, *self.prior.parameters(), *self.encoder.parameters(), *self.decoder.parameters()]
@@ -253,8 +285,9 @@ class VariationalSeparator(LearnedSeparator):
         best = max(fits, key=lambda f: f.elbo if math.isfinite(f.elbo) else -math.inf)
         self.elbo_, self.init_, self.loss_curve_, self.traces_ = best.elbo, best.init, best.curve, best.traces
         self.n_iter_ = self.max_iter
-        self._check_convergence()
+        check_finite(self.loss_curve_)
         self._finish(X, z, whitening, best)
+        self._check_convergence(best.turn)
 
     def _iterations(self) -> int:
         return self.max_iter * self.n_init
@@ -313,7 +346,9 @@ class VariationalSeparator(LearnedSeparator):
         optimiser = torch.optim.Adam([{"params": [fit.log_q, *fit.prior.parameters()]}, {"params": nets}])
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=rates, total_steps=self.max_iter + 1)
         curve, traces = [], []
+        fit.turn = Turn(self.max_iter)
         for step in range(self.max_iter):
+            fit.turn.watch(step, float(schedule.get_last_lr()[0]), lambda: fit.encoder(z))
             loss = self._loss(z, fit, self._beta_at(step, fit))
             optimiser.zero_grad()
             loss.backward()
@@ -324,6 +359,7 @@ class VariationalSeparator(LearnedSeparator):
             self._tell(start * self.max_iter + step + 1, loss)
             learned = {**fit.prior.learned(), "q_": fit.log_q.exp()}
             traces.append({k: v.detach().clone() for k, v in learned.items()})
+        fit.turn.end(fit.encoder(z))
         fit.curve = torch.stack(curve).cpu().numpy()
         fit.traces = {k: torch.stack([t[k] for t in traces]).cpu().numpy() for k in traces[0]}
 
@@ -355,11 +391,11 @@ class VariationalSeparator(LearnedSeparator):
         self.mean_ = whitening.mean
         self._whitening = whitening
         self._encoder, self._decoder = fit.encoder.cpu(), fit.decoder.cpu()
+        self._refined = False
+        if self._refines(z):
+            self._refine_bent(self._encoder, z.cpu())
         native = self._encoder(z.cpu()).numpy()
-        if self.mixing == "linear":
-            mixing = whitening.inverse @ self._decoder.weight.numpy()
-        else:
-            mixing = np.linalg.lstsq(native - native.mean(0), X - self.mean_, rcond=None)[0].T
+        mixing = self._native_mixing(X, native)
         std = np.broadcast_to((0.5 * fit.log_q).exp().cpu().numpy(), native.shape)
         self._set_sources(X, native, std, mixing)
         order = torch.from_numpy(self._order)
@@ -389,6 +425,7 @@ class VariationalSeparator(LearnedSeparator):
         check_is_fitted(self)
         recording = self._checked(X, reset=False)
         with torch.no_grad():
+            assert self._encoder is not None
             encoded = self._encoder(torch.from_numpy(self._whitening(recording))).numpy()
         native = self._normalised(encoded)
         return native if self.processes_ is None else self._smoothed(recording - self.mean_, native)[0]
@@ -405,7 +442,7 @@ class VariationalSeparator(LearnedSeparator):
         return white @ self._whitening.inverse.T + self.mean_
 
 
-def _check_finite(values: Array) -> None:
+def check_finite(values: Array) -> None:
     if not np.isfinite(values).all():
         raise UsageError("the fit diverged: lower learning_rate")
 

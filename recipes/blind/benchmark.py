@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import scenarios
 import torch
+from sklearn.exceptions import ConvergenceWarning
 
 from audiosep import blind
 from audiosep.blind.matching import coverage, mean_correlation, si_sdr
@@ -100,7 +101,7 @@ def score(method: str, scenario: str, seed: int, samples: int) -> dict[str, Any]
         "seconds": time.process_time() - start,
         "correlation": mean_correlation(found.sources_, draw.S),
         "si_sdr": float(si_sdr(found.sources_, draw.S).mean()),
-        "warnings": len(caught),
+        "converged": not any(issubclass(w.category, ConvergenceWarning) for w in caught),
     }
     if hasattr(found, "init_"):
         row["init"] = found.init_
