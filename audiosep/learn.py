@@ -109,6 +109,8 @@ def run(
     for name, table in tables.get("sources", {}).items():
         if not isinstance(table, Mapping):
             raise UsageError(f"sources.{name} is a table, [sources.{name}], got {table!r}")
+        if name in ("", ".", "..", "run") or set(name) & set("/\\:"):
+            raise UsageError(f"a source named {name!r} can't have a folder of that name in {out}; choose another name")
     out, settings = Path(out), build(Settings, tables.get("learn", {}), "learn")
     plan = build(Plan, {**PLAN, **tables.get("plan", {})}, "plan", device=device)
     names = list(tables.get("sources", {}))

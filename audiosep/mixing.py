@@ -27,6 +27,9 @@ def read_mixing(path: str | os.PathLike[str]) -> np.ndarray:
         raise UsageError(f"{path}: a mixing matrix is rows of numbers with commas between: {error}") from error
     if not matrix.size or not np.isfinite(matrix).all():
         raise UsageError(f"{path}: a mixing matrix holds finite numbers, at least one")
+    if not matrix.any(0).all():
+        silent = ", ".join(str(k + 1) for k in np.flatnonzero(~matrix.any(0)))
+        raise UsageError(f"{path}: column {silent} is all 0: that source is in no channel, so it can't be found")
     return matrix
 
 

@@ -188,7 +188,7 @@ def learn(
     schedule = ve(plan.steps, plan.sigma_min, plan.sigma_max)
     priors = {name: start.prior(schedule) for name, start in starts.items()}
     done = state.restore(trained)
-    samples: dict[str, Tensor] = done.samples if done else {}
+    samples: dict[str, Tensor] = dict(done.samples) if done else {}
     for name in state.trained:
         priors[name] = trained[name].to(plan.device)
     for number, stage in enumerate(stages):
@@ -413,7 +413,7 @@ def draw(
     if lost == len(view.y):
         raise AudiosepError(
             f"view {view.name!r}: every recording diverged; raise its noise, or take more steps, "
-            "or a lower learning_rate"
+            "or a lower learning_rate, and go on in the same folder"
         )
     return torch.cat(parts), {"drawn_again": again, "left_out": lost}
 
@@ -587,23 +587,32 @@ class _State:
         self.folder, self.plan = folder, plan
         self.trained: set[str] = set()
         folder.mkdir(parents=True, exist_ok=True)
-        own = {key: value for key, value in vars(plan).items() if key != "device"}
+        settings = {key: value for key, value in vars(plan).items() if key != "device"}
         about = {
-            "plan": own,
-            "stages": [(stage.learn, stage.views, stage.laps) for stage in stages],
+            "seed": settings.pop("seed"),
+            "start_laps": settings.pop("start_laps"),
+            "stages": [(stage.learn, stage.views) for stage in stages],
             "recordings": {view.name: [*view.y.shape, _fingerprint(view.y)] for view in views},
             "mixing": {view.name: [view.sources, _fingerprint(_seen(view))] for view in views},
-            "noise": {view.name: _fingerprint(torch.as_tensor(view.noise)) for view in views},
             "sources": {s.name: [s.covariance, s.rank, s.frame, s.centred, s.components] for s in sources},
             "networks": {s.name: getattr(s.prior.backbone, "config", {}) for s in sources if s.prior is not None},
         }
-        about = json.loads(json.dumps(about, default=str))
+        # Later laps may have other settings than finished ones, as after one that diverged.
+        loose = {
+            "plan": settings,
+            "laps": [stage.laps for stage in stages],
+            "noise": {view.name: _fingerprint(torch.as_tensor(view.noise)) for view in views},
+        }
+        now = json.loads(json.dumps(about | loose, default=str))
         path = folder / "run.json"
-        held = json.loads(path.read_text()) if path.exists() else about
-        other = [key for key in about if held.get(key) != about[key]]
+        held = json.loads(path.read_text()) if path.exists() else now
+        other = [key for key in about if held.get(key) != now[key]]
         if other:
             raise UsageError(f"{folder} holds another run, with different {', '.join(other)}; choose another folder")
-        path.write_text(json.dumps(about, indent=2) + "\n")
+        changed = [key for key in loose if held.get(key) != now[key]]
+        if changed:
+            log.warning("%s: finished laps are kept, the others are done with a new %s", folder, ", ".join(changed))
+        path.write_text(json.dumps(now, indent=2) + "\n")
 
     def starts(self, views: Sequence[View], sources: Sequence[Source], stages: Sequence[Stage]) -> dict[str, Start]:
         """What the sources start as, fitted once."""

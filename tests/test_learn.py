@@ -90,12 +90,12 @@ def test_what_was_never_alone_is_learned_and_separated(folders, made):
     for name, truth in (("hum", hum), ("hiss", hiss)):
         truth = torch.from_numpy(truth).float()
         assert si_sdr(torch.from_numpy(stems[name][0]), truth) > 4, name  # 0 dB in the mixture
-    # Nothing is left to do for the same command; other settings are another run.
+    # Nothing is left to do for the same command; another seed is another run.
     again = CliRunner().invoke(app, ["learn", str(file), "-o", str(folders / "priors"), "--json"])
     assert json.loads(again.stdout.splitlines()[-1])["laps"] == facts["laps"]
-    other = CliRunner().invoke(app, ["learn", str(file), "-o", str(folders / "priors"), "--set", "plan.steps=13"])
+    other = CliRunner().invoke(app, ["learn", str(file), "-o", str(folders / "priors"), "--set", "plan.seed=13"])
     assert other.exit_code == 2
-    assert "different plan" in other.stderr
+    assert "different seed" in other.stderr
 
 
 def test_recordings_that_can_not_be_used_are_named_and_left_out(folders, caplog):

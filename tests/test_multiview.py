@@ -330,6 +330,15 @@ def tiny(laps=2, max_steps=60, **options):
     return contrastive(200), [source("a"), source("b")], stages, plan
 
 
+def test_later_laps_may_have_other_settings(tmp_path, caplog):
+    first = next(lap for lap in learn(*tiny(), tmp_path) if (lap.stage, lap.lap) == (0, 1))
+    laps = list(learn(*tiny(laps=3, learning_rate=1e-4), tmp_path))
+    assert [(lap.stage, lap.lap) for lap in laps] == [(0, 1), (0, 2), (0, 3), (1, 0), (1, 1)]
+    for name, x in first.samples.items():
+        assert torch.equal(x, laps[0].samples[name])
+    assert "a new plan, laps" in caplog.text
+
+
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path):
     whole = list(learn(*tiny(), tmp_path / "whole"))
     assert [(lap.stage, lap.lap) for lap in whole] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
@@ -344,8 +353,8 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path):
         assert torch.equal(x, rest[-1].samples[name])
     rows = [json.loads(line) for line in (tmp_path / "parts" / "laps.jsonl").read_text().splitlines()]
     assert [(row["stage"], row["lap"]) for row in rows] == [(lap.stage, lap.lap) for lap in whole]
-    with pytest.raises(UsageError, match="different plan;"):
-        next(learn(*tiny(tau=0.2), tmp_path / "parts"))
+    with pytest.raises(UsageError, match="different seed;"):
+        next(learn(*tiny(seed=7), tmp_path / "parts"))
     views, *rest = tiny()
     views[0].y[0] += 1
     with pytest.raises(UsageError, match="different recordings;"):

@@ -190,8 +190,12 @@ def _read_table(path: Path, scratch: Path | None) -> Recording:
     delimiter = TABLES[path.suffix.lower()]
     with path.open(encoding="utf-8-sig") as file:
         first = file.readline().strip()
+    if not first:
+        raise ValueError("the file is empty, or begins with an empty line")
+    if delimiter == "," and "," not in first and ";" in first:
+        raise ValueError("its columns are divided by semicolons; commas are needed")
     cells = [cell.strip().strip('"') for cell in first.split(delimiter)]
-    named = not all(_is_number(cell) for cell in cells)
+    named = not any(_is_number(cell) for cell in cells)
     samples = _gathered(_parts_of_table(path, delimiter, named), scratch)
     return Recording(samples, tuple(cells) if named else ())
 
@@ -200,8 +204,14 @@ def _parts_of_table(path: Path, delimiter: str | None, named: bool) -> Iterator[
     with path.open(encoding="utf-8-sig") as file:
         if named:
             file.readline()
+        before = int(named)
         while lines := list(islice(file, LINES)):
-            yield np.loadtxt(lines, delimiter=delimiter, ndmin=2)
+            try:
+                yield np.loadtxt(lines, delimiter=delimiter, ndmin=2)
+            except ValueError as error:
+                where = f"lines {before + 1} to {before + len(lines)}, rows counted from there"
+                raise ValueError(f"{where}: {error}; every cell has to be a number") from error
+            before += len(lines)
 
 
 def _is_number(text: str) -> bool:

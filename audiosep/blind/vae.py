@@ -177,11 +177,12 @@ class LearnedSeparator(InstantaneousSeparator):
 
     def _check_convergence(self, turn: Turn) -> None:
         """Warn if the sources still turned, in the second half, by more than `tol` of what the rates allowed."""
-        if turn.share > (max(self.tol, REFINED_TOL) if self._refined else self.tol):
+        tol = max(self.tol, REFINED_TOL) if self._refined else self.tol
+        if turn.share > tol:
             warnings.warn(
                 f"{type(self).__name__} did not converge in {self.n_iter_} iterations: a source changed by "
                 f"{100 * turn.angle:.2g} % in the second half of them, {100 * turn.share:.0f} % of what the learning "
-                f"rate allows (tol is {100 * self.tol:.2g} %); raise max_iter",
+                f"rate allows (allowed are {100 * tol:.2g} %); raise max_iter",
                 ConvergenceWarning,
                 stacklevel=4,
             )
