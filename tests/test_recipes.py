@@ -22,8 +22,8 @@ from audiosep.tagger import Tagger
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 
 
-def prepare(name):
-    spec = importlib.util.spec_from_file_location(name, RECIPES / name / "prepare.py")
+def prepare(name, file="prepare"):
+    spec = importlib.util.spec_from_file_location(name, RECIPES / name / f"{file}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -254,7 +254,8 @@ def packages(tmp_path):
 
     def add(path, seconds=1.2, level=0.1):
         (share / path).parent.mkdir(parents=True, exist_ok=True)
-        soundfile.write(share / path, level * rng.standard_normal(round(8000 * seconds)), 8000)
+        wave = level * rng.standard_normal(round(8000 * seconds))
+        soundfile.write(share / path, wave, 8000, format="WAV" if path.endswith(".wav") else "OGG")
 
     for name in ("en_US_f_Allison", "es_MX_f_Allison", "fr_CA_f_June", "it_IT_m_Carlo", "ru_RU_f_IvrvoiceRU"):
         folder = share / "asterisk/sounds" / name
@@ -331,6 +332,33 @@ def test_the_classes_of_outside_that_the_shipped_prior_knows():
     for table in tables:
         names = [name for line in table.values() for name in line.split()]
         assert len(names) == len(set(names))
+
+
+def test_overlap_finds_a_resampled_coded_quieter_copy(tmp_path, capsys):
+    rng, t = np.random.default_rng(0), np.arange(2 * 8000) / 8000
+
+    def write(path, wave, rate=8000):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(path, wave, rate)
+
+    def burst():
+        return 0.3 * np.exp(-3 * t) * np.convolve(rng.standard_normal(t.size), np.ones(8) / 8, "same")
+
+    copied, other, third = burst(), burst(), burst()
+    write(tmp_path / "ours/Bark/copied.wav", copied)
+    write(tmp_path / "ours/Meow/other.wav", other)
+    late = np.concatenate([np.zeros(3210), -0.2 * copied])
+    write(tmp_path / "corpus/Bark/cut.ogg", np.repeat(late, 2), 16000)
+    write(tmp_path / "corpus/Bark/third.wav", third)
+    for name in ("ours", "corpus"):
+        assert prepare("own").main(["--root", str(tmp_path / name), "-o", str(tmp_path / f"{name}.csv")]) == 0
+    capsys.readouterr()
+    module = prepare("outside", "overlap")
+    assert module.main([str(tmp_path / "ours.csv"), str(tmp_path / "corpus.csv")]) == 0
+    first, second = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[4:]]
+    assert float(first[0].strip("| ")) > 0.9
+    assert first[1:] == ["copied.wav", "cut.ogg |"]
+    assert float(second[0].strip("| ")) < 0.5
 
 
 # Your own sounds
