@@ -12,7 +12,7 @@ import pytest
 import soundfile
 import torch
 
-from audiosep import evaluate, fit, recipe, separator, train
+from audiosep import evaluate, fit, hub, recipe, separator, train
 from audiosep.baselines import fit_nmf
 from audiosep.cli import main
 from audiosep.data import Item, MixtureDataset, SourceDataset, read_manifest
@@ -22,8 +22,8 @@ from audiosep.tagger import Tagger
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 
 
-def prepare(name):
-    spec = importlib.util.spec_from_file_location(name, RECIPES / name / "prepare.py")
+def prepare(name, file="prepare"):
+    spec = importlib.util.spec_from_file_location(name, RECIPES / name / f"{file}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -241,6 +241,124 @@ def test_fsdkaggle2018_says_what_is_missing(fsd, tmp_path, monkeypatch, capsys):
     assert "FSDKaggle2018.audio_test" in said
     assert "train_post_competition.csv" in said
     assert not Path("data").exists()
+
+
+# Outside the corpus
+
+
+@pytest.fixture
+def packages(tmp_path):
+    """What the nine packages hold, a little of each; G.722 is any bytes, 8000 of them a second."""
+    root, rng = tmp_path / "root", np.random.default_rng(0)
+    share = root / "usr/share"
+
+    def add(path, seconds=1.2, level=0.1):
+        (share / path).parent.mkdir(parents=True, exist_ok=True)
+        wave = level * rng.standard_normal(round(8000 * seconds))
+        soundfile.write(share / path, wave, 8000, format="WAV" if path.endswith(".wav") else "OGG")
+
+    for name in ("en_US_f_Allison", "es_MX_f_Allison", "fr_CA_f_June", "it_IT_m_Carlo", "ru_RU_f_IvrvoiceRU"):
+        folder = share / "asterisk/sounds" / name
+        (folder / "silence").mkdir(parents=True)
+        for file, size in (("added", 9600), ("beep", 9600), ("letters-a", 4000), ("silence/2", 16000)):
+            (folder / f"{file}.g722").write_bytes(rng.bytes(size))
+    for file in ("bar-m-co", "bar-v-co", "bar-x-nic"):
+        add(f"games/fillets-ng/sound/barrel/cs/{file}.ogg")
+    stamps = "tuxpaint/stamps/animals"
+    for file in ("cow_white_desc_be", "cow_desc_ru", "cow_desc_fr", "cow_desc", "cow_desc_nl", "cow_white", "unknown"):
+        add(f"{stamps}/{file}.ogg")
+    add(f"{stamps}/cow.ogg", 0.4)
+    add(f"{stamps}/bear.ogg", level=0.0)
+    shutil.copy(share / stamps / "cow_white.ogg", share / stamps / "bull.ogg")
+    (share / stamps / "dog.ogg").symlink_to("cow_white.ogg")
+    add("scratch/Media/Sounds/Human/Laugh-male1.wav")
+    add("scratch/Media/Sounds/Vocals/Singer1.wav")
+    add("sounds/freedesktop/stereo/camera-shutter.oga", 0.6)
+    return root
+
+
+def test_outside_takes_voices_and_sounds_of_known_classes(packages, tmp_path, monkeypatch, capsys):
+    module = prepare("outside")
+    noise = np.full((1, 19200), 0.1, np.float32)
+    read = module.audio.read
+    monkeypatch.setattr(module.audio, "read", lambda path: (noise, 16000) if path.suffix == ".g722" else read(path))
+    before = sorted(packages.rglob("*"))
+    manifest = tmp_path / "made/outside.csv"
+    assert module.main(["--root", str(packages), "-o", str(manifest)]) == 0
+    said = capsys.readouterr()
+    assert "5 speech shorter than 1.0 s" in said.err
+    assert "1 sound shorter than 0.5 s" in said.err
+    assert "1 silent" in said.err
+    assert "1 copies of another file" in said.err
+    assert sorted(packages.rglob("*")) == before
+    speech, sound = (read_manifest(manifest, split="test", kind=kind) for kind in ("speech", "sound"))
+    assert f"speech {len(speech):5} clips" in said.out
+    fish = {"big_fish", "small_fish"}
+    assert labels(speech) == {"Allison", "June", "Carlo", "IvrvoiceRU", *fish, "stamps_be_ru", "stamps_fr"}
+    assert {item.path.name: item.label for item in sound} == {
+        "bull.ogg": "Cow",
+        "Laugh-male1.wav": "Laughter",
+        "camera-shutter.oga": "Camera",
+    }
+    assert len(speech) == 5 + 2 + 3
+    for item in (*speech, *sound):
+        assert soundfile.info(item.path).duration == pytest.approx(item.duration, abs=0.001)
+    text = manifest.read_text()
+    assert "CC-BY-3.0,asterisk-core-sounds-ru-g722" in text
+    assert "GPL-2.0,tuxpaint-stamps-default" in text
+
+
+def test_outside_says_which_packages_are_missing(packages, tmp_path, capsys):
+    module = prepare("outside")
+    shutil.rmtree(packages / "usr/share/scratch")
+    shutil.rmtree(packages / "usr/share/asterisk/sounds/it_IT_m_Carlo")
+    manifest = tmp_path / "outside.csv"
+    assert module.main(["--root", str(packages), "-o", str(manifest)]) == 1
+    said = capsys.readouterr().err
+    assert "2 of 9 packages are missing" in said
+    assert "apt-get download asterisk-core-sounds-it-g722 scratch\n" in said
+    assert "dpkg -x" in said
+    assert not manifest.exists()
+
+
+def test_the_classes_of_outside_that_the_shipped_prior_knows():
+    """Enough of them to draw from, and named as the prior names them."""
+    module = prepare("outside")
+    known = set(hub.read_config(hub.find("sound"))["classes"])
+    tables = (module.STAMP_SOUNDS, module.SCRATCH_SOUNDS, module.THEME_SOUNDS)
+    ours = {label for table in tables for label in table}
+    assert len(ours & known) >= 40
+    assert not {name.casefold() for name in ours - known} & {name.casefold() for name in known}
+    for table in tables:
+        names = [name for line in table.values() for name in line.split()]
+        assert len(names) == len(set(names))
+
+
+def test_overlap_finds_a_resampled_coded_quieter_copy(tmp_path, capsys):
+    rng, t = np.random.default_rng(0), np.arange(2 * 8000) / 8000
+
+    def write(path, wave, rate=8000):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(path, wave, rate)
+
+    def burst():
+        return 0.3 * np.exp(-3 * t) * np.convolve(rng.standard_normal(t.size), np.ones(8) / 8, "same")
+
+    copied, other, third = burst(), burst(), burst()
+    write(tmp_path / "ours/Bark/copied.wav", copied)
+    write(tmp_path / "ours/Meow/other.wav", other)
+    late = np.concatenate([np.zeros(3210), -0.2 * copied])
+    write(tmp_path / "corpus/Bark/cut.ogg", np.repeat(late, 2), 16000)
+    write(tmp_path / "corpus/Bark/third.wav", third)
+    for name in ("ours", "corpus"):
+        assert prepare("own").main(["--root", str(tmp_path / name), "-o", str(tmp_path / f"{name}.csv")]) == 0
+    capsys.readouterr()
+    module = prepare("outside", "overlap")
+    assert module.main([str(tmp_path / "ours.csv"), str(tmp_path / "corpus.csv")]) == 0
+    first, second = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[4:]]
+    assert float(first[0].strip("| ")) > 0.9
+    assert first[1:] == ["copied.wav", "cut.ogg |"]
+    assert float(second[0].strip("| ")) < 0.5
 
 
 # Your own sounds
