@@ -25,7 +25,7 @@ EXTRAS = {
     "media": ("av",),
     "eval": ("pesq", "pystoi", "fast-bss-eval", "torchmetrics", "matplotlib"),
     "train": ("accelerate", "tensorboard", "matplotlib"),
-    "blind": ("scikit-learn", "scipy", "edfio"),
+    "blind": ("scikit-learn", "scipy", "edfio", "numba"),
 }
 
 

@@ -177,7 +177,7 @@ def test_a_run_goes_on(capsys):
         ("schedule.name=vp", "schedule.name is one of"),
         ("data.sgment=4", "data.sgment: no such setting (did you mean segment?)"),
         ("data.manifest=none.csv", "none.csv: no such manifest"),
-        ("prior.parameterization=x", "[prior]: parameterization is 'eps' or 'edm'"),
+        ("prior.parameterization=x", "[prior]: parameterization is 'eps', 'edm' or 'direct'"),
         ("probe.window=3", "probe.window: no such setting (did you mean windows?)"),
         ("card.license=MIT", "card.license: no such setting (did you mean licence?)"),
         ("tarin.batch_size=4", "tarin: no such table"),

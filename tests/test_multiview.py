@@ -361,7 +361,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path):
         next(learn(views, *rest, tmp_path / "parts"))
 
 
-def test_a_folder_is_refused_when_mixing_noise_network_or_laps_have_changed(tmp_path):
+def test_a_folder_is_refused_when_mixing_network_or_stages_have_changed(tmp_path):
     views, sources, stages, plan = tiny(1, 2)
     first = next(learn(views, sources, stages, plan, tmp_path))
     assert (first.stage, first.lap) == (0, 0)
@@ -371,9 +371,8 @@ def test_a_folder_is_refused_when_mixing_noise_network_or_laps_have_changed(tmp_
     other = Matrix(1.1 * views[1].operator.matrix)
     for what, changed in {
         "mixing": ([views[0], replace(views[1], operator=other)], sources, stages),
-        "noise": ([views[0], replace(views[1], noise=0.06)], sources, stages),
         "networks": (views, [Source("a", wide), sources[1]], stages),
-        "stages": (views, sources, tiny(2)[2]),
+        "stages": (views, sources, [*stages, Stage(("a",), ("view 1",), 1)]),
     }.items():
         with pytest.raises(UsageError, match=f"different {what};"):
             next(learn(*changed, plan, tmp_path))
