@@ -15,7 +15,7 @@ import os
 import re
 import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +41,7 @@ __all__ = [
     "load_clip",
     "parse_task",
     "read_manifest",
+    "write_manifest",
 ]
 
 COLUMNS = ("path", "split", "kind", "speaker_or_class", "duration_s", "group")
@@ -125,6 +126,17 @@ def _item(row: dict[str, str], root: Path, shared: str, where: str) -> Item:
         duration=duration,
         group=row["group"],
     )
+
+
+def write_manifest(rows: Iterable[Mapping[str, Any]], columns: Sequence[str], path: Path) -> None:
+    """Write a manifest of these columns (those that `read_manifest` asks for, and more); complete or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    partial.replace(path)
 
 
 def class_names(items: Iterable[Item], least: int = 5) -> list[str]:

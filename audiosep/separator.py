@@ -120,7 +120,7 @@ class Separator:
         overlap: fraction of a segment shared with the next, 0..0.5.
         samples: posterior samples that a stem is made of; None is the preset's own number.
         combine: how: "wiener" (None; `mixing.combine`, their mean where they agree, filtered where not) or "mean".
-        seed: of the noise; the same seed gives the same stems on every machine.
+        seed: of the noise; the same seed and number type give the same stems, to rounding, on every machine.
         consistent: share the residual out, so that the stems add up to the recording.
         batch: segments separated together; None is 1 on a CPU, 16 elsewhere, halved when memory runs out.
         checkpointing: recompute activations in the backward pass of gradient samplers: less memory, a third more time.

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import soundfile
 
+from audiosep.data import write_manifest
+
 COLUMNS = ("path", "split", "kind", "speaker_or_class", "duration_s", "group", "licence")
 CLASSES = 41
 VALID_SHARE = 0.05
@@ -39,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         rows = read(options.root, options.output.parent, options.verified)
-        write(rows, options.output)
+        write_manifest(rows, COLUMNS, options.output)
     except OSError as error:
         print(f"{error.filename}: {error.strerror}", file=sys.stderr)
         return 1
@@ -111,17 +113,6 @@ def row(entry: Row, path: Path, split: str, folder: Path) -> Row:
 def chosen(name: str) -> bool:
     number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
     return number < VALID_SHARE * 2**64
-
-
-def write(rows: list[Row], output: Path) -> None:
-    """The manifest; complete or not at all."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(f".{output.name}.partial")
-    with partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    partial.replace(output)
 
 
 if __name__ == "__main__":

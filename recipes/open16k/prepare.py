@@ -17,6 +17,8 @@ import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 
+from audiosep.data import write_manifest
+
 COLUMNS = ("path", "split", "kind", "speaker_or_class", "duration_s", "group")
 EXTRA = ("licence", "source_repo")  # for attribution; audiosep does not read them
 Row = dict[str, str]
@@ -115,15 +117,10 @@ def chosen(name: str) -> bool:
 def write(rows: list[Row], root: Path, output: Path) -> None:
     """The manifest, with paths relative to its own folder; complete or not at all."""
     columns = [*COLUMNS, *(name for name in EXTRA if name in rows[0])]
-    output.parent.mkdir(parents=True, exist_ok=True)
     prefix = Path(os.path.relpath(root, output.parent))
-    partial = output.with_name(f".{output.name}.partial")
-    with partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        for row in sorted(rows, key=lambda row: row["path"]):
-            writer.writerow(row | {"path": (prefix / row["path"]).as_posix()})
-    partial.replace(output)
+    ordered = sorted(rows, key=lambda row: row["path"])
+    placed = [row | {"path": (prefix / row["path"]).as_posix()} for row in ordered]
+    write_manifest([{name: row[name] for name in columns} for row in placed], columns, output)
 
 
 if __name__ == "__main__":

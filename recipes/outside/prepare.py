@@ -10,7 +10,6 @@ the folder `outside` beside the manifest. Everything else stays where it is. Not
 from __future__ import annotations
 
 import argparse
-import csv
 import hashlib
 import os
 import re
@@ -23,7 +22,7 @@ from typing import NamedTuple
 import soundfile
 
 from audiosep import audio
-from audiosep.data import active_spans, load_clip
+from audiosep.data import active_spans, load_clip, write_manifest
 from audiosep.errors import AudioError
 
 COLUMNS = ("path", "split", "kind", "speaker_or_class", "duration_s", "group", "licence", "package")
@@ -175,7 +174,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         check(options.root)
         rows = read(options.root, options.output.parent)
-        write(rows, options.output)
+        write_manifest(rows, COLUMNS, options.output)
     except OSError as error:
         print(f"{error.filename}: {error.strerror}", file=sys.stderr)
         return 1
@@ -269,17 +268,6 @@ def decoded(path: Path, root: Path, folder: Path) -> Path:
         wave, rate = audio.read(path)
         audio.write(output, wave, rate)
     return output
-
-
-def write(rows: list[Row], output: Path) -> None:
-    """The manifest; complete or not at all."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(f".{output.name}.partial")
-    with partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    partial.replace(output)
 
 
 if __name__ == "__main__":

@@ -10,13 +10,14 @@ Files that sound the same (cuts of one original) belong into one folder below th
 from __future__ import annotations
 
 import argparse
-import csv
 import hashlib
 import os
 import sys
 from pathlib import Path
 
 import soundfile
+
+from audiosep.data import write_manifest
 
 COLUMNS = ("path", "split", "kind", "speaker_or_class", "duration_s", "group")
 SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".aiff", ".aif", ".opus")
@@ -41,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{root}: no recordings ({', '.join(SUFFIXES)}) that can be opened", file=sys.stderr)
         return 1
     hold_out(rows, options.kind)
-    write(rows, options.output)
+    write_manifest(rows, COLUMNS, options.output)
     for label in sorted({row["speaker_or_class"] for row in rows}):
         chosen = [row for row in rows if row["speaker_or_class"] == label]
         valid = sum(row["split"] == "valid" for row in chosen)
@@ -80,17 +81,6 @@ def hold_out(rows: list[Row], kind: str) -> None:
         chosen = set(names[: round(VALID_SHARE * len(names))])
         for row in members:
             row["split"] = "valid" if row[key] in chosen else "train"
-
-
-def write(rows: list[Row], output: Path) -> None:
-    """The manifest; complete or not at all."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(f".{output.name}.partial")
-    with partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    partial.replace(output)
 
 
 if __name__ == "__main__":

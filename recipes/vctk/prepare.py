@@ -9,7 +9,6 @@ taken. The 10 test speakers are the fixed list below, the same on every machine.
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import re
 import sys
@@ -17,6 +16,8 @@ from collections import Counter
 from pathlib import Path
 
 import soundfile
+
+from audiosep.data import write_manifest
 
 COLUMNS = ("path", "split", "kind", "speaker_or_class", "duration_s", "group")
 AUDIO = "wav48_silence_trimmed"
@@ -39,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         rows = read(options.root, options.output.parent, options.partial)
-        write(rows, options.output)
+        write_manifest(rows, COLUMNS, options.output)
     except OSError as error:
         print(f"{error.filename}: {error.strerror}", file=sys.stderr)
         return 1
@@ -96,17 +97,6 @@ def check(speakers: list[str], audio: Path, partial: bool) -> None:
         wrong.append(f"no *_mic1.flac of {', '.join(empty)}")
     if wrong and not partial:
         raise SystemExit(f"{audio}: {'; '.join(wrong)}. No manifest written; --partial takes what is there")
-
-
-def write(rows: list[Row], output: Path) -> None:
-    """The manifest; complete or not at all."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(f".{output.name}.partial")
-    with partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    partial.replace(output)
 
 
 if __name__ == "__main__":
