@@ -44,7 +44,7 @@ from torch import Tensor
 
 from audiosep import audio, hub, report
 from audiosep.errors import AudioError, UsageError
-from audiosep.multiview import LOG, Lap, Plan, in_words, indistinct, learn, strangers
+from audiosep.multiview import LOG, Lap, Plan, doubts, learn
 from audiosep.multiview_start import Source, Stage, View
 from audiosep.operators import Mixing
 from audiosep.prior import Prior
@@ -122,8 +122,7 @@ def run(
     ]
     stages = stages_of(views, names, settings.laps)
     total = sum(stage.laps for stage in stages)
-    warnings = [in_words(group) for group in indistinct(views)]
-    warnings += [f"views {group} share no source with the others" for group in strangers(views)]
+    warnings = doubts(views)
     for lap in learn(views, sources, stages, plan, out / "run"):
         done = sum(stage.laps for stage in stages[: lap.stage]) + lap.lap
         if progress is not None:

@@ -24,6 +24,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -60,13 +61,12 @@ __all__ = [
     "Stage",
     "View",
     "check",
+    "doubts",
     "draw",
     "fit",
-    "in_words",
     "indistinct",
     "learn",
     "read_start",
-    "strangers",
 ]
 
 LOG = "laps.jsonl"
@@ -134,13 +134,15 @@ class Plan:
         for name in ("corrections", "retries"):
             if getattr(self, name) < 0:
                 raise UsageError(f"{name} is at least 0, got {getattr(self, name)}")
-        for name in ("tau", "sigma_min", "limit", "learning_rate"):
-            if not getattr(self, name) > 0:
-                raise UsageError(f"{name} is above 0, got {getattr(self, name)}")
+        for name in ("tau", "sigma_min", "sigma_max", "limit", "learning_rate"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UsageError(f"{name} is above 0 and finite, got {getattr(self, name)}")
+        if not 0 <= self.ema < 1:
+            raise UsageError(f"ema is at least 0 and below 1, got {self.ema}")
         if not self.sigma_min < self.sigma_max:
             raise UsageError(f"sigma_max is above sigma_min, {self.sigma_min}, got {self.sigma_max}")
-        if self.again is not None and not self.again > 0:
-            raise UsageError(f"again is above 0, or left out, got {self.again}")
+        if self.again is not None and not 0 < self.again < math.inf:
+            raise UsageError(f"again is above 0 and finite, or left out, got {self.again}")
 
 
 @dataclass
@@ -175,12 +177,8 @@ def learn(
         AudiosepError: training or sampling has failed for good.
     """
     check(views, sources, stages)
-    for group in indistinct(views):
-        if len(group) == 1:
-            raise UsageError(in_words(group))
-        log.warning(in_words(group))
-    for lonely in strangers(views):
-        log.warning("views %s share no source with the others: nothing is learned from one for the other", lonely)
+    for doubt in doubts(views):
+        log.warning(doubt)
     seen = {view.name: view.masked() for view in views}
     trained = {source.name: source.prior for source in sources if source.prior is not None}
     state = _State(Path(folder), plan, views, sources, stages)
@@ -289,6 +287,8 @@ def _check_networks(view: View, sources: Sequence[Source]) -> None:
     for source in sources:
         if source.prior is None:
             raise UsageError(f"source {source.name!r} has no prior to train")
+        if source.covariance == "low_rank" and source.rank >= length:
+            raise UsageError(f"rank {source.rank} of {source.name!r} is not below its {length} numbers")
         takes = getattr(source.prior.backbone, "config", {}).get("dim", length)
         if takes != length:
             raise UsageError(
@@ -357,24 +357,39 @@ def indistinct(views: Sequence[View]) -> list[tuple[str, ...]]:
     return groups
 
 
-def strangers(views: Sequence[View]) -> list[str]:
-    """Names of the views, joined, in every set of them that shares no source with the others; empty if all do."""
+def doubts(views: Sequence[View]) -> list[str]:
+    """What about the views will keep some of what is learned from being true, a sentence each; empty is good.
+
+    Raises UsageError where nothing of a source can be learned: it is in no view, or it is in views that share no source
+    with the others and can't be told apart in them.
+    """
+    said = []
+    for group in indistinct(views):
+        if len(group) == 1:
+            raise UsageError(f"nothing of {group[0]} is in any view: give it a gain")
+        said.append(f"nothing in the views tells {' and '.join(group)} apart: weigh them differently in some view")
+    for own in _strangers(views):
+        names = ", ".join(view.name for view in own)
+        for group in indistinct(own):
+            raise UsageError(
+                f"views {names} share no source with the others, and nothing in them tells {' and '.join(group)} "
+                "apart; is a source spelled in two ways?"
+            )
+        said.append(f"views {names} share no source with the others: nothing is learned from one for the other")
+    return said
+
+
+def _strangers(views: Sequence[View]) -> list[list[View]]:
+    """The sets of views that share no source with the others; empty if all hang together."""
     left, sets = list(views), []
     while left:
         names, held = set(left[0].sources), [left[0]]
         while more := [v for v in left if names & set(v.sources) and not any(v is one for one in held)]:
             held += more
             names.update(*(view.sources for view in more))
-        sets.append(", ".join(view.name for view in held))
+        sets.append(held)
         left = [view for view in left if not any(view is one for one in held)]
     return sets if len(sets) > 1 else []
-
-
-def in_words(group: Sequence[str]) -> str:
-    """What a group of `indistinct` means."""
-    if len(group) == 1:
-        return f"nothing of {group[0]} is in any view: give it a gain"
-    return f"nothing in the views tells {' and '.join(group)} apart: weigh them differently in some view"
 
 
 # E

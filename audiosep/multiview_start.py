@@ -92,8 +92,9 @@ class Source:
             raise UsageError(f"covariance is 'full', 'low_rank', 'stationary' or 'frames', got {self.covariance!r}")
         if self.frame < 1:
             raise UsageError(f"frame is at least 1 sample, got {self.frame}")
-        if self.components < 1:
-            raise UsageError(f"components is at least 1, got {self.components}")
+        for name in ("rank", "components"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} is at least 1, got {getattr(self, name)}")
         if self.components > 1 and self.covariance not in ("full", "frames"):
             raise UsageError(
                 f"components = {self.components} takes covariance 'full' or 'frames', got {self.covariance!r}; "

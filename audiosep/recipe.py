@@ -17,6 +17,13 @@ from audiosep.errors import UsageError
 __all__ = ["build", "check_tables", "load", "override"]
 
 Made = TypeVar("Made")
+# Annotations whose values are checked before anything is made: their types in TOML, and their names in messages.
+PLAIN = {
+    "int": ((int,), "a whole number"),
+    "float": ((int, float), "a number"),
+    "str": ((str,), "text"),
+    "bool": ((bool,), "true or false"),
+}
 
 
 def load(path: str | Path, settings: Iterable[str] = ()) -> dict[str, Any]:
@@ -71,6 +78,7 @@ def build(make: Callable[..., Made], table: Mapping[str, Any], where: str, **mor
             raise UsageError(
                 f"{where}.{key}: no such setting{_nearest(key, known)}; [{where}] takes {', '.join(known)}"
             )
+        _check_type(parameters[key].annotation, table[key], f"{where}.{key}")
     missing = [name for name in known if parameters[name].default is inspect.Parameter.empty and name not in table]
     if missing:
         raise UsageError(f"[{where}] lacks {', '.join(missing)}")
@@ -81,6 +89,18 @@ def build(make: Callable[..., Made], table: Mapping[str, Any], where: str, **mor
     except (TypeError, ValueError) as error:
         values = ", ".join(f"{key}={value!r}" for key, value in table.items())
         raise UsageError(f"[{where}]: {error} (with {values})") from error
+
+
+def _check_type(annotation: Any, value: Any, where: str) -> None:
+    """UsageError for a value that is not of an annotation such as "int" or "float | None"; others say nothing here."""
+    words = (annotation.__name__ if isinstance(annotation, type) else str(annotation)).split(" | ")
+    plain = [word for word in words if word in PLAIN]
+    if not plain or not {*words} <= {*PLAIN, "None"}:
+        return
+    # Not isinstance: True is an int to Python.
+    if not any(type(value) in PLAIN[word][0] for word in plain) or value != value:
+        names = [PLAIN[word][1] for word in plain] + ["left out"] * ("None" in words)
+        raise UsageError(f"{where} is {' or '.join(names)}, got {value!r}")
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:

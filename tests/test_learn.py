@@ -146,8 +146,16 @@ def test_tables_that_are_no_tables_are_refused(folders):
         learn.read_views({"x": 3}, ["hum"], learn.Settings(RATE, 32))
     for changed, message in (
         ({"learn": {"noise_db": float("-inf")}}, "noise_db is from -80 to 0"),
-        ({"learn": {"noise_db": float("nan")}}, "noise_db is from -80 to 0"),
+        ({"learn": {"noise_db": float("nan")}}, "noise_db is a number, got nan"),
+        ({"learn": {"block": 64.5}}, "learn.block is a whole number, got 64.5"),
         ({"plan": {"tau": -1.0}}, "tau is above 0"),
+        ({"plan": {"steps": "many"}}, "plan.steps is a whole number, got 'many'"),
+        ({"plan": {"seed": 1.5}}, "plan.seed is a whole number, got 1.5"),
+        ({"plan": {"fresh": "yes"}}, "plan.fresh is true or false, got 'yes'"),
+        ({"plan": {"again": [0.1]}}, r"plan.again is a number or left out, got \[0.1\]"),
+        ({"plan": {"sigma_max": float("inf")}}, "sigma_max is above 0 and finite"),
+        ({"plan": {"ema": 2.0}}, "ema is at least 0 and below 1"),
+        ({"sources": {"hum": {"rank": 0}, "hiss": {}}}, "sources.hum.: rank is at least 1, got 0"),
         ({"views": 3}, "views"),
         ({"sources": ["hum"]}, "sources"),
         ({"sources": {"hum": 3, "hiss": {}}}, "sources.hum"),

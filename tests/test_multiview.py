@@ -9,7 +9,7 @@ import torch
 
 from audiosep.backbones.mlp import MLP
 from audiosep.errors import AudiosepError, UsageError
-from audiosep.multiview import Plan, check, draw, indistinct, learn, strangers
+from audiosep.multiview import Plan, check, doubts, draw, indistinct, learn
 from audiosep.multiview_start import (
     Gaussian,
     Mixture,
@@ -515,6 +515,8 @@ def test_sources_and_stages_that_do_not_fit_are_refused():
         check([views[0], *views], [source("a"), source("b")], [])
     with pytest.raises(UsageError, match="no view view 3"):
         check(views, [source("a"), source("b")], [Stage(("b",), ("view 3",), 1)])
+    with pytest.raises(UsageError, match="rank 5 of 'a' is not below its 5 numbers"):
+        check(views, [source("a", covariance="low_rank", rank=N), source("b")], [])
     with pytest.raises(UsageError, match="covariance"):
         source("a", covariance="diagonal")
     with pytest.raises(UsageError, match="components = 2 takes covariance 'full' or 'frames', got 'stationary'"):
@@ -529,13 +531,18 @@ def test_sources_and_stages_that_do_not_fit_are_refused():
 
 
 def test_views_without_a_common_source_are_named(tmp_path, caplog):
+    """Where their own sources can be learned from each of them, that is all; else they are refused."""
     a, both = contrastive(20)
     alone = View("alone", ("c",), a.y, a.operator, a.noise)
-    assert strangers([a, both]) == []
-    assert strangers([a, alone, both]) == ["view 1, view 2", "alone"]
     stages = [Stage(("a", "c"), ("view 1", "alone"), 1)]
     next(learn([a, alone], [source("a"), source("c")], stages, Plan(start_laps=1), tmp_path))
-    assert "views alone share no source with the others" in caplog.text
+    said = "views alone share no source with the others: nothing is learned from one for the other"
+    assert doubts([a, alone])[1:] == [said]
+    assert said in caplog.text
+    assert doubts([a, both]) == []
+    other = View("other", ("c", "d"), both.y, both.operator, both.noise)
+    with pytest.raises(UsageError, match=r"views other share no source .* c and d apart"):
+        doubts([a, both, other])
 
 
 def test_a_source_without_any_gain_is_refused(tmp_path):

@@ -29,8 +29,8 @@ def test_errors_name_the_key(tmp_path):
         recipe.build(make, {"device": "cpu"}, "net", device="cuda")
     with pytest.raises(UsageError, match=r"\[net\]: width is at least 1, got 0"):
         recipe.build(make, {"width": 0}, "net")
-    with pytest.raises(UsageError, match=r"\[net\].*width='wide'"):
-        recipe.build(make, {"width": "wide"}, "net")
+    with pytest.raises(UsageError, match=r"\[net\].*depth=3"):
+        recipe.build(make, {"depth": 3}, "net")
     with pytest.raises(UsageError, match=r"\[x\] lacks path"):
         recipe.build(lambda path, other=1: 0, {}, "x")
     with pytest.raises(UsageError, match=r"trian: no such table in a recipe \(did you mean train\?\)"):
@@ -51,6 +51,28 @@ def test_errors_name_the_key(tmp_path):
     ):
         with pytest.raises(UsageError, match=said):
             recipe.load(path, [setting])
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("width", 4.5, r"net\.width is a whole number, got 4\.5"),
+        ("width", True, r"net\.width is a whole number, got True"),
+        ("width", "wide", r"net\.width is a whole number, got 'wide'"),
+        ("rate", "fast", r"net\.rate is a number or left out, got 'fast'"),
+        ("rate", float("nan"), r"net\.rate is a number or left out, got nan"),
+        ("rate", False, r"net\.rate is a number"),
+        ("name", 3, r"net\.name is text, got 3"),
+        ("on", "no", r"net\.on is true or false, got 'no'"),
+    ],
+)
+def test_values_of_another_type_are_refused(key, value, message):
+    def made(width: int = 4, rate: float | None = None, name: str = "", on: bool = False, more: dict | str = ""):
+        return width, rate, name, on, more
+
+    assert recipe.build(made, {"rate": 3, "width": 2, "on": True, "more": 5}, "net") == (2, 3, "", True, 5)
+    with pytest.raises(UsageError, match=message):
+        recipe.build(made, {key: value}, "net")
 
 
 def test_shards_cover_a_list_once(monkeypatch):

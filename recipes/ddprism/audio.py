@@ -24,6 +24,7 @@ import itertools
 import json
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 
@@ -33,7 +34,7 @@ from torch import Tensor
 
 from audiosep import audio
 from audiosep.backbones.wiener import Wiener
-from audiosep.data import read_manifest
+from audiosep.data import Item, read_manifest
 from audiosep.metrics import si_sdr
 from audiosep.multiview import Plan, draw, learn
 from audiosep.multiview_frames import Frames, fit_frames, posterior_of_frames
@@ -52,9 +53,9 @@ SIZES = (2, 4, 8, 16, 32)  # of NMF
 DRAWS = 4
 
 
-def segments(items: list, count: int, rng: np.random.Generator) -> Tensor:
-    """Pieces (count, PIECE) of recordings, of RMS 1; short recordings are repeated to fill one."""
-    found = []
+def segments(items: list[Item], count: int, rng: np.random.Generator) -> tuple[Tensor, list[Item]]:
+    """Pieces (count, PIECE) of RMS 1, and the recordings that they are from; short ones are repeated."""
+    found, used = [], []
     for index in rng.permutation(len(items)).tolist() * 50:
         wave, rate = audio.read(items[index].path)
         low = audio.resample(wave, rate, RATE)[0]
@@ -64,9 +65,17 @@ def segments(items: list, count: int, rng: np.random.Generator) -> Tensor:
         level = piece.square().mean().sqrt()
         if level > 1e-3:
             found.append(piece / level)
+            used.append(items[index])
         if len(found) == count:
-            return torch.stack(found)
+            return torch.stack(found), used
     raise SystemExit("too few recordings")
+
+
+def left_out(items: list[Item], rng: np.random.Generator) -> tuple[list[Item], list[Item]]:
+    """Recordings, and a quarter of them that shares no file or speaker with the others."""
+    groups = sorted({item.group for item in items})
+    held = set(rng.permutation(groups)[: len(groups) // 4].tolist())
+    return [item for item in items if item.group not in held], [item for item in items if item.group in held]
 
 
 def view(name: str, sources: tuple[str, ...], waves: Tensor) -> View:
@@ -150,90 +159,131 @@ def nmf(alone: Tensor, both: Tensor, size: int) -> Callable[[Tensor, int], Tenso
     return separate
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--manifest", type=Path, default=Path("data/open16k.csv"))
-    parser.add_argument("--root", type=Path, help="of the manifest's paths")
-    parser.add_argument("-o", "--out", type=Path, required=True)
-    parser.add_argument("--segments", type=int, default=100, help="of two seconds, per view")
-    parser.add_argument("--mixtures", type=int, default=200)
-    parser.add_argument("--components", type=int, default=16, help="spectra of a source")
-    parser.add_argument("--start-laps", type=int, default=10)
-    parser.add_argument("--laps", type=int, default=4, help="of the voice's prior")
-    parser.add_argument("--steps", type=int, default=800, help="of training per lap")
-    parser.add_argument("--width", type=int, default=64)
-    options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
+@dataclass(frozen=True)
+class Data:
+    """Waves (count, PIECE): machines alone, others with voices, those voices, and what is separated.
+
+    `recordings` are those of the machines in `test`.
+    """
+
+    alone: Tensor
+    both: Tensor
+    voices: Tensor
+    test: Tensor
+    test_voices: Tensor
+    recordings: list[Item]
+
+
+def gather(options: argparse.Namespace) -> Data:
     rng = np.random.default_rng(0)
 
-    def items(split: str, kind: str) -> list:
-        rows = read_manifest(options.manifest, options.root, split, kind)
-        return [row for row in rows if kind == "speech" or row.label in MACHINES]
+    def items(split: str) -> tuple[list[Item], list[Item]]:
+        rows = read_manifest(options.manifest, options.root, split)
+        return [row for row in rows if row.label in MACHINES], [row for row in rows if row.kind == "speech"]
 
-    recordings = items("train", "sound")
-    recordings = [recordings[i] for i in rng.permutation(len(recordings))]
-    alone = segments(recordings[::2], options.segments, rng)
-    voices = segments(items("train", "speech"), options.segments, rng)
-    both = segments(recordings[1::2], options.segments, rng) + voices
-    test_voice = segments(items("test", "speech"), options.mixtures, rng)
-    test = test_voice + segments(items("test", "sound"), options.mixtures, rng)
-    plan = Plan(
+    machines, speech = items("train")
+    if options.held_out:
+        (machines, test_machines), (speech, test_speech) = left_out(machines, rng), left_out(speech, rng)
+    else:
+        test_machines, test_speech = items("test")
+    machines = [machines[i] for i in rng.permutation(len(machines))]
+    alone, _ = segments(machines[::2], options.segments, rng)
+    voices, _ = segments(speech, options.segments, rng)
+    both = segments(machines[1::2], options.segments, rng)[0] + voices
+    test_voices, _ = segments(test_speech, options.mixtures, rng)
+    noise, recordings = segments(test_machines, options.mixtures, rng)
+    return Data(alone, both, voices, test_voices + noise, test_voices, recordings)
+
+
+def views_of(data: Data, clean: bool) -> list[View]:
+    """Pieces of a second: machines alone, and the voices with other machines, or alone as well."""
+    second = view(NAMES[1], NAMES[1:], halves(data.voices)) if clean else view(NAMES[1], NAMES, halves(data.both))
+    return [view(NAMES[0], NAMES[:1], halves(data.alone)), second]
+
+
+def stages_of(options: argparse.Namespace, clean: bool) -> list[Stage]:
+    """The machines, then the voice, then both from all there is."""
+    each = [Stage(NAMES[:1], NAMES[:1], 1), Stage(NAMES[1:], NAMES[1:], options.laps)]
+    return each if clean or not options.together else [*each, Stage(NAMES, NAMES, options.together)]
+
+
+def plan_of(options: argparse.Namespace) -> Plan:
+    return Plan(
         steps=10, corrections=0, sigma_min=2e-2, sigma_max=3.0, again=3.0, iterations=3, rows=20,
         max_steps=options.steps, batch_size=16, start_laps=options.start_laps,
     )  # fmt: skip
-    views = {
-        "": [view(NAMES[0], NAMES[:1], halves(alone)), view(NAMES[1], NAMES, halves(both))],
-        ", clean": [view(NAMES[0], NAMES[:1], halves(alone)), view(NAMES[1], NAMES[1:], halves(voices))],
-    }
-    # The machines are seen alone, so that one lap is enough: what is drawn of them hardly changes.
-    stages = [Stage(NAMES[:1], NAMES[:1], 1), Stage(NAMES[1:], NAMES[1:], options.laps)]
 
-    def sources() -> list[Source]:
-        made = []
-        for name in NAMES:
-            torch.manual_seed(0)
-            prior = Prior(
-                Wiener(N_FFT, options.width, depth=5), ve(200, 2e-2, 6.0), sample_rate=RATE, level=0.0,
-                parameterization="direct",
-            )  # fmt: skip
-            made.append(
-                Source(name, prior, covariance="frames", frame=FRAME, centred=True, components=options.components)
-            )
-        return made
 
-    def start(kind: str) -> dict[str, Frames]:
-        return fit_frames(views[kind], sources(), stages, options.start_laps)[0]
+def sources_of(options: argparse.Namespace) -> list[Source]:
+    made = []
+    for name in NAMES:
+        torch.manual_seed(0)
+        prior = Prior(
+            Wiener(N_FFT, options.width, depth=5), ve(200, 2e-2, 6.0), sample_rate=RATE, level=0.0,
+            parameterization="direct",
+        )  # fmt: skip
+        made.append(Source(name, prior, covariance="frames", frame=FRAME, centred=True, components=options.components))
+    return made
 
-    def of_start(kind: str) -> Callable[[Tensor], Tensor]:
-        found = start(kind)
+
+def methods_of(data: Data, options: argparse.Namespace) -> dict[str, Callable[[], Callable[[Tensor], Tensor]]]:
+    """Name -> what learns, and returns what separates waves (S, T) into voices."""
+
+    def start(clean: bool) -> dict[str, Frames]:
+        return fit_frames(views_of(data, clean), sources_of(options), stages_of(options, clean), options.start_laps)[0]
+
+    def of_start(clean: bool) -> Callable[[Tensor], Tensor]:
+        found = start(clean)
         return lambda waves: posterior_of_frames(view("test", NAMES, waves), found)[:, 1].float()
 
-    def of_laps(kind: str) -> Callable[[Tensor], Tensor]:
-        *_, last = learn(views[kind], sources(), stages, plan, options.out / f"joint{kind.replace(', ', '-')}")
-        return lambda waves: by_priors(start(kind), [last.priors[name] for name in NAMES], plan, waves)
+    def of_laps(clean: bool) -> Callable[[Tensor], Tensor]:
+        plan, folder = plan_of(options), options.out / ("joint-clean" if clean else "joint")
+        *_, last = learn(views_of(data, clean), sources_of(options), stages_of(options, clean), plan, folder)
+        return lambda waves: by_priors(start(clean), [last.priors[name] for name in NAMES], plan, waves)
 
     @cache
     def of_nmf(size: int) -> Callable[[Tensor, int], Tensor]:
-        return nmf(alone, both, size)
+        return nmf(data.alone, data.both, size)
 
     methods: dict[str, Callable[[], Callable[[Tensor], Tensor]]] = {"nothing": lambda: lambda waves: waves}
     for size, power in itertools.product(SIZES, (1, 2)):
         methods[f"NMF, {size} spectra, power {power}"] = lambda size=size, power=power: partial(
             of_nmf(size), power=power
         )
-    methods["Gaussian EM"] = lambda: wiener(alone, both)
-    for kind in views:
-        methods[f"spectra{kind}"] = lambda kind=kind: of_start(kind)
-        methods[f"Joint{kind}"] = lambda kind=kind: of_laps(kind)
+    methods["Gaussian EM"] = lambda: wiener(data.alone, data.both)
+    for clean in (False, True):
+        suffix = ", clean" if clean else ""
+        methods[f"spectra{suffix}"] = lambda clean=clean: of_start(clean)
+        methods[f"Joint{suffix}"] = lambda clean=clean: of_laps(clean)
+    return methods
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--manifest", type=Path, default=Path("data/open16k.csv"))
+    parser.add_argument("--root", type=Path, help="of the manifest's paths")
+    parser.add_argument("-o", "--out", type=Path, required=True)
+    parser.add_argument("--held-out", action="store_true", help="test on a quarter of training: to choose settings")
+    parser.add_argument("--segments", type=int, default=100, help="of two seconds, per view")
+    parser.add_argument("--mixtures", type=int, default=200)
+    parser.add_argument("--components", type=int, default=16, help="spectra of a source")
+    parser.add_argument("--start-laps", type=int, default=10)
+    parser.add_argument("--laps", type=int, default=4, help="of the voice's prior")
+    parser.add_argument("--together", type=int, default=0, help="laps of both priors from both views, after these")
+    parser.add_argument("--steps", type=int, default=800, help="of training per lap")
+    parser.add_argument("--width", type=int, default=64)
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    data = gather(options)
     path = options.out / "rows.jsonl"
     done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    for name, make in methods.items():
+    for name, make in methods_of(data, options).items():
         if any(row["method"] == name for row in done):
             continue
         began = time.monotonic()
         separate = make()
         trained = time.monotonic() - began
-        scores = si_sdr(separate(test), test_voice).tolist()
+        scores = si_sdr(separate(data.test), data.test_voices).tolist()
         row = {"method": name, "si_sdr": [round(score, 3) for score in scores]}
         row |= {"training_s": round(trained, 1), "separation_s": round(time.monotonic() - began - trained, 1)}
         done.append(row)
