@@ -1,20 +1,6 @@
 """Learn priors from folders of recordings that are never clean: a TOML file and its folders to checkpoint folders.
 
-    [learn]                      # arguments of `Settings`
-    sample_rate = 8000
-    block = 8064
-
-    [plan]                       # arguments of `multiview.Plan`
-    max_steps = 800
-
-    [backbone]                   # as in a training recipe
-    name = "wiener"
-    n_fft = 512
-
     [sources.room]               # arguments of `multiview_start.Source`, but name and prior
-    covariance = "frames"
-    components = 16
-
     [sources.bird]
 
     [views.alone]                # a folder of recordings, and the gain of every source in it:
@@ -25,7 +11,17 @@
     folder = "recordings/room-with-bird"
     gains = { room = 1.0, bird = 1.0 }
 
-Recordings are cut into blocks, which are learned from as vectors.
+    [learn]                      # these may be left out: arguments of `Settings`,
+    sample_rate = 8000
+
+    [plan]                       # of `multiview.Plan`,
+    max_steps = 800
+
+    [backbone]                   # and as in a training recipe
+    name = "wiener"
+
+Recordings are cut into blocks, which are learned from as vectors. What is left out is as in the audio experiment of
+recipes/ddprism: blocks of a second, sources that start as spectra of frames of 16 ms, networks of Wiener gains.
 """
 
 from __future__ import annotations
@@ -49,6 +45,7 @@ from audiosep.multiview_start import Source, Stage, View
 from audiosep.operators import Mixing
 from audiosep.prior import Prior
 from audiosep.recipe import build, check_tables
+from audiosep.samplers import DEFAULT_LEVELS
 from audiosep.schedules import ve
 
 __all__ = ["Settings", "read_views", "run", "stages_of"]
@@ -56,8 +53,20 @@ __all__ = ["Settings", "read_views", "run", "stages_of"]
 TABLES = ("learn", "plan", "backbone", "sources", "views")
 LEVEL = -22.5  # dBFS of a source, as the shipped priors have it
 SHOWN = 6.0  # seconds of every view on the page
-# Noise levels for signals of that level, where vectors of unit size have others.
-PLAN = {"sigma_min": 2e-3, "sigma_max": 1.5, "steps": 48}
+# For signals of that level, whose RMS is 0.075: where `Plan` has settings for vectors of unit size.
+PLAN = {
+    "sigma_min": 2e-3,
+    "sigma_max": 0.22,
+    "again": 0.22,
+    "steps": 10,
+    "corrections": 0,
+    "iterations": 1,
+    "rows": 20,
+    "max_steps": 1500,
+    "batch_size": 16,
+    "start_laps": 10,
+}
+SPECTRA = {"covariance": "frames", "components": 16}
 
 log = logging.getLogger("audiosep.learn")
 
@@ -68,25 +77,37 @@ class Settings:
 
     Args:
         sample_rate: of the priors, in Hz.
-        block: samples that are one vector.
+        block: samples that are one vector; None: 63 frames, about a second.
         laps: of every stage.
         noise_db: level of the noise that recordings are taken to have, relative to them.
         most: blocks of a view, at most; they are then taken evenly from all of it.
     """
 
     sample_rate: int = 16000
-    block: int = 64
-    laps: int = 3
+    block: int | None = None
+    laps: int = 4
     noise_db: float = -40.0
     most: int = 20000
 
     def __post_init__(self) -> None:
-        if self.sample_rate < 1 or self.block < 2 or self.laps < 1 or self.most < 1:
-            raise UsageError("sample_rate, laps and most are at least 1, block at least 2")
+        if self.sample_rate < 1000:
+            raise UsageError(f"sample_rate is in Hz, 1000 at least, got {self.sample_rate}")
+        if self.size < 2 or self.laps < 1 or self.most < 1:
+            raise UsageError("laps and most are at least 1, block at least 2")
         if not -80 <= self.noise_db <= 0:
             raise UsageError(
                 f"noise_db is from -80 to 0, got {self.noise_db}: with less the equations are not to be solved"
             )
+
+    @property
+    def frame(self) -> int:
+        """Samples of a frame of 16 ms, an even number."""
+        return 2 * round(0.008 * self.sample_rate)
+
+    @property
+    def size(self) -> int:
+        """Samples of a block."""
+        return 63 * self.frame if self.block is None else self.block
 
 
 def run(
@@ -116,10 +137,13 @@ def run(
     names = list(tables.get("sources", {}))
     views, left_out = read_views(tables.get("views", {}), names, settings)
     torch.manual_seed(plan.seed)
-    sources = [
-        build(Source, {"centred": True, **tables["sources"][name]}, f"sources.{name}", name=name, prior=prior)
-        for name, prior in ((name, _prior(name, tables.get("backbone", {}), plan, settings)) for name in names)
-    ]
+    sources = []
+    for name in names:
+        table = {"centred": True, "frame": settings.frame, **tables["sources"][name]}
+        if "covariance" not in table:
+            table = SPECTRA | table
+        prior = _prior(name, tables.get("backbone", {}), plan, settings)
+        sources.append(build(Source, table, f"sources.{name}", name=name, prior=prior))
     stages = stages_of(views, names, settings.laps)
     total = sum(stage.laps for stage in stages)
     warnings = doubts(views)
@@ -228,13 +252,13 @@ def _read_folder(view: str, folder: Path, channels: int, settings: Settings) -> 
             left_out[str(path)] = "it holds NaN or infinite samples"
         elif len(wave) != channels:
             left_out[str(path)] = f"it has {len(wave)} channels, the gains are for {channels}"
-        elif wave.shape[1] * settings.sample_rate < settings.block * rate:
-            left_out[str(path)] = f"it is shorter than a block of {settings.block} samples"
+        elif wave.shape[1] * settings.sample_rate < settings.size * rate:
+            left_out[str(path)] = f"it is shorter than a block of {settings.size} samples"
         else:
             low = torch.from_numpy(audio.resample(wave, rate, settings.sample_rate))
-            parts.append(low[:, : low.shape[1] // settings.block * settings.block].unfold(1, *[settings.block] * 2))
+            parts.append(low[:, : low.shape[1] // settings.size * settings.size].unfold(1, *[settings.size] * 2))
     if not parts:
-        return torch.zeros(0, channels, settings.block), left_out
+        return torch.zeros(0, channels, settings.size), left_out
     rows = torch.cat(parts, 1).transpose(0, 1).contiguous()
     chosen = torch.linspace(0, len(rows) - 1, min(len(rows), settings.most)).round().long()
     return rows[chosen], left_out
@@ -254,15 +278,19 @@ def stages_of(views: Sequence[View], names: Sequence[str], laps: int) -> list[St
 
 
 def _prior(name: str, table: Mapping[str, Any], plan: Plan, settings: Settings) -> Prior:
+    """An untrained prior, for the noise levels of the plan and all that `separate` asks for."""
+    low, high = DEFAULT_LEVELS
     arguments = dict(table)
-    kind = arguments.pop("name", "mlp")
+    kind = arguments.pop("name", "wiener")
     if kind not in hub.BACKBONES:
         raise UsageError(f"backbone.name is one of {', '.join(hub.BACKBONES)}, got {kind!r}")
-    more = {"mlp": {"dim": settings.block}, "wiener": {}}.get(kind, {"num_classes": 0})
+    if kind == "wiener":
+        arguments = {"n_fft": 4 * settings.frame, "depth": 5, **arguments}
+    more = {"mlp": {"dim": settings.size}, "wiener": {}}.get(kind, {"num_classes": 0})
     backbone = build(hub.BACKBONES[kind], arguments, "backbone", **more)
     return Prior(
         backbone,
-        ve(200, plan.sigma_min, plan.sigma_max),
+        ve(200, min(low, plan.sigma_min), max(high, plan.sigma_max)),
         sample_rate=settings.sample_rate,
         level=LEVEL,
         kind=name,
@@ -293,7 +321,7 @@ def _write_page(
     settings: Settings,
 ) -> None:
     """Of every view the first seconds, and the sources drawn in them."""
-    count = max(1, round(SHOWN * settings.sample_rate / settings.block))
+    count = max(1, round(SHOWN * settings.sample_rate / settings.size))
     tracks: list[report.Track] = []
     for view in views:
         if view.name not in lap.samples:

@@ -307,8 +307,9 @@ def _fit_spectra(
         spectra = {name: sums[name] / counts[name] for name in sums}
         if len(curve) > 1 and curve[-1] - curve[-2] < tolerance * abs(curve[-1]):
             break
-    zero = torch.zeros(length, dtype=torch.float64)
-    return {name: Gaussian(zero, spectrum) for name, spectrum in spectra.items()}, curve
+    return {
+        name: Gaussian(torch.zeros(length, dtype=torch.float64), spectrum) for name, spectrum in spectra.items()
+    }, curve
 
 
 def posterior(view: View, gaussians: Mapping[str, Gaussian], generator: torch.Generator | None = None) -> Tensor:

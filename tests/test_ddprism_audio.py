@@ -3,6 +3,7 @@
 import importlib.util
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -51,5 +52,16 @@ def test_table_has_the_paired_difference_with_its_interval(recipe):
         {"method": "NMF", "si_sdr": [1.0, 2.0, 3.0, 4.0], "training_s": 1, "separation_s": 2},
         {"method": "Joint", "si_sdr": [2.0, 4.0, 4.0, 6.0], "training_s": 1, "separation_s": 2},
     ]
-    # Differences 1, 2, 1, 2: mean 1.5, deviation 0.577, half the interval 1.96 * 0.577 / 2.
-    assert "| NMF | 2.50 | +1.50 (+0.93 to +2.07) | 1 | 2 |" in recipe.table(rows)
+    # Differences 1, 2, 1, 2: mean 1.5, deviation 0.577, half the interval 1.96 * 0.577 / 2. Recordings a and b differ
+    # by 1 and 2, and are drawn twice, once or not at all.
+    table = recipe.table(rows, ["a", "b", "a", "b"])
+    assert "| NMF | 2.50 | +1.50 (+0.93 to +2.07) | +1.50 (+1.00 to +2.00) | 1 | 2 |" in table
+    assert "4 mixtures, 2 recordings" in table
+
+
+def test_recordings_that_are_held_out_share_no_file_with_the_others(recipe):
+    items = [recipe.Item(f"{i}", Path(f"{i}"), "train", "sound", "Drill", 1.0, f"file {i // 3}") for i in range(24)]
+    kept, held = recipe.left_out(items, np.random.default_rng(0))
+    assert len(held) == 6
+    assert sorted([*kept, *held]) == sorted(items)
+    assert not {item.group for item in kept} & {item.group for item in held}

@@ -41,9 +41,9 @@ def folders(tmp_path):
 def tables(folder, **views):
     return {
         "learn": {"sample_rate": RATE, "block": 32, "laps": 1},
-        "plan": {"max_steps": 300, "batch_size": 256, "steps": 12, "corrections": 0, "start_laps": 30},
-        "backbone": {"width": 64, "depth": 2},
-        "sources": {"hum": {}, "hiss": {}},
+        "plan": {"max_steps": 300, "batch_size": 256, "steps": 12, "sigma_max": 1.5, "start_laps": 30, "rows": 4096},
+        "backbone": {"name": "mlp", "width": 64, "depth": 2},
+        "sources": {"hum": {"covariance": "full"}, "hiss": {"covariance": "full"}},
         "views": {
             "alone": {"folder": str(folder / "alone"), "gains": {"hum": 1.0}},
             "both": {"folder": str(folder / "both"), "gains": {"hum": 1.0, "hiss": 1.0}},
@@ -67,10 +67,10 @@ def as_toml(tables):
 def long_blocks(folder):
     """Spectra per frame to start from, and networks of Wiener gains."""
     read = tables(folder)
-    read["learn"] = {"sample_rate": RATE, "block": 1024, "laps": 1}
-    read["plan"] = {"max_steps": 150, "batch_size": 8, "steps": 8, "corrections": 0, "start_laps": 10, "rows": 8}
-    read["backbone"] = {"name": "wiener", "n_fft": 128, "width": 24, "depth": 1}
-    read["sources"] = {name: {"covariance": "frames", "frame": 64, "components": 2} for name in ("hum", "hiss")}
+    read["learn"] = {"sample_rate": RATE, "laps": 1, "block": 1024}
+    read["plan"] = {"max_steps": 150, "batch_size": 8, "steps": 8, "rows": 8}
+    read["backbone"] = {"width": 24, "depth": 1}
+    read["sources"] = {name: {"components": 2} for name in ("hum", "hiss")}
     return read
 
 
@@ -147,7 +147,7 @@ def test_tables_that_are_no_tables_are_refused(folders):
     for changed, message in (
         ({"learn": {"noise_db": float("-inf")}}, "noise_db is from -80 to 0"),
         ({"learn": {"noise_db": float("nan")}}, "noise_db is a number, got nan"),
-        ({"learn": {"block": 64.5}}, "learn.block is a whole number, got 64.5"),
+        ({"learn": {"block": 64.5}}, "learn.block is a whole number or left out, got 64.5"),
         ({"plan": {"tau": -1.0}}, "tau is above 0"),
         ({"plan": {"steps": "many"}}, "plan.steps is a whole number, got 'many'"),
         ({"plan": {"seed": 1.5}}, "plan.seed is a whole number, got 1.5"),

@@ -133,6 +133,16 @@ def test_spectra_are_recovered_and_agree_with_the_dense_way():
         assert (bins - spectrum.covariance).norm() / bins.norm() < 0.01
 
 
+def test_a_run_keeps_spectra_of_several_sources(tmp_path):
+    """Their means are all 0, but none shares its memory, which can't be written."""
+    views, spectra = stationary(4, N)
+    sources = [source(name, covariance="stationary", centred=True) for name in spectra]
+    stages = [Stage(("a", "b"), ("view 1", "view 2"), 1)]
+    first = next(learn(views, sources, stages, Plan(start_laps=2), tmp_path))
+    again = next(learn(views, sources, stages, Plan(start_laps=2), tmp_path))
+    assert torch.equal(first.samples["view 2"], again.samples["view 2"])
+
+
 def test_noise_per_channel_is_the_same_number_written_out():
     views, spectra = stationary(50, 16)
     sources = [source(name, covariance="stationary", centred=True) for name in spectra]

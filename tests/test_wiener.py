@@ -85,3 +85,9 @@ def test_checkpoint_keeps_it(tmp_path):
 def test_unknown_parameterisations_are_refused():
     with pytest.raises(ValueError, match="'eps', 'edm' or 'direct', not 'score'"):
         Prior(Wiener(64, 8, 1), ve(3, 0.1, 1.0), parameterization="score")
+
+
+@pytest.mark.parametrize("wrong", [{"n_fft": 0}, {"n_fft": 65}, {"width": 0}, {"depth": -1}])
+def test_sizes_that_are_no_network_are_refused(wrong):
+    with pytest.raises(ValueError, match="n_fft is even"):
+        Wiener(**wrong)

@@ -37,6 +37,8 @@ class Wiener(nn.Module):
 
     def __init__(self, n_fft: int = 256, width: int = 64, depth: int = 4) -> None:
         super().__init__()
+        if n_fft < 4 or n_fft % 2 or width < 1 or depth < 0:
+            raise ValueError(f"n_fft is even and 4 at least, width 1 at least, got {n_fft}, {width}; depth not below 0")
         self.config: dict[str, Any] = {"n_fft": n_fft, "width": width, "depth": depth}
         self.n_fft, bins = n_fft, n_fft // 2 + 1
         self.into = nn.Conv1d(bins + EMBEDDING, width, 3, padding=1)

@@ -27,7 +27,7 @@ from audiosep.samplers.mmps import MomentMatching
 from audiosep.samplers.mmps_exact import ExactMomentMatching
 from audiosep.schedules import ve, vp_linear
 
-__all__ = ["PRESETS", "SAMPLERS", "SAMPLES", "Noise", "OneNoise", "Sampler", "State", "build"]
+__all__ = ["DEFAULT_LEVELS", "PRESETS", "SAMPLERS", "SAMPLES", "Noise", "OneNoise", "Sampler", "State", "build"]
 
 SAMPLERS: dict[str, type[Sampler]] = {
     "hybrid": Hybrid,
