@@ -60,7 +60,7 @@ PLAN = {
     "again": 0.22,
     "steps": 10,
     "corrections": 0,
-    "iterations": 1,
+    "iterations": 3,
     "rows": 20,
     "max_steps": 1500,
     "batch_size": 16,
@@ -85,7 +85,7 @@ class Settings:
 
     sample_rate: int = 16000
     block: int | None = None
-    laps: int = 4
+    laps: int = 2
     noise_db: float = -40.0
     most: int = 20000
 

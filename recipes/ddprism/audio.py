@@ -51,7 +51,7 @@ MACHINES = ("Helicopter", "Drill", "Chainsaw", "Engine", "Train")
 NAMES = ("machine", "voice")
 N_FFT, HOP = 512, 128
 SIZES = (2, 4, 8, 16, 32)  # of NMF
-DRAWS = (1, 1, 1, 1, 1, 1, 4)  # samples of every mixture, round by round
+DRAWS = (2, 2, 2, 4)  # samples of every mixture, round by round
 
 
 def segments(items: list[Item], count: int, rng: np.random.Generator) -> tuple[Tensor, list[Item]]:
@@ -209,7 +209,7 @@ def stages_of(options: argparse.Namespace) -> list[Stage]:
 
 def plan_of(options: argparse.Namespace) -> Plan:
     return Plan(
-        steps=10, corrections=0, sigma_min=2e-2, sigma_max=3.0, again=3.0, iterations=1, rows=20,
+        steps=10, corrections=0, sigma_min=2e-2, sigma_max=3.0, again=3.0, iterations=3, rows=20,
         max_steps=options.steps, batch_size=16, start_laps=options.start_laps,
     )  # fmt: skip
 
@@ -268,7 +268,7 @@ def main() -> None:
     parser.add_argument("--mixtures", type=int, default=200)
     parser.add_argument("--components", type=int, default=16, help="spectra of a source")
     parser.add_argument("--start-laps", type=int, default=10)
-    parser.add_argument("--laps", type=int, default=4, help="of the voice's prior")
+    parser.add_argument("--laps", type=int, default=2, help="of the voice's prior")
     parser.add_argument("--steps", type=int, default=1500, help="of training per lap")
     parser.add_argument("--width", type=int, default=64)
     options = parser.parse_args()
