@@ -54,9 +54,9 @@ def test_table_has_the_paired_difference_with_its_interval(recipe):
     ]
     # Differences 1, 2, 1, 2: mean 1.5, deviation 0.577, half the interval 1.96 * 0.577 / 2. Recordings a and b differ
     # by 1 and 2, and are drawn twice, once or not at all.
-    table = recipe.table(rows, ["a", "b", "a", "b"])
+    table = recipe.table(rows, {"recordings": ["a", "b", "a", "b"]})
+    assert "over 4 mixtures | over 2 recordings |" in table
     assert "| NMF | 2.50 | +1.50 (+0.93 to +2.07) | +1.50 (+1.00 to +2.00) | 1 | 2 |" in table
-    assert "4 mixtures, 2 recordings" in table
 
 
 def test_recordings_that_are_held_out_share_no_file_with_the_others(recipe):

@@ -13,9 +13,9 @@ Held-out mixtures of the test split, two seconds each, are then separated with
     NMF            spectra of each source with KL divergence: the machines' from "alone", then the voices' from "both";
                    in several sizes, with masks of amplitudes (1) and of powers (2), since no view says which is best
 
-OUT/rows.jsonl has the SI-SDR of the voice for every mixture and method, OUT/by_recording.json the machine's recording
-in every mixture, OUT/table.md means and paired differences with 95 % intervals. Settings are chosen with --held-out,
-which tests on a quarter of training's recordings and learns from the others.
+OUT/rows.jsonl has the SI-SDR of the voice for every mixture and method, OUT/machines.json the machine's recording
+in every mixture and the file that it was cut from, OUT/table.md means and paired differences with 95 % intervals.
+Settings are chosen with --held-out, which tests on a quarter of training's recordings and learns from the others.
 """
 
 from __future__ import annotations
@@ -289,10 +289,10 @@ def main() -> None:
         with path.open("a") as file:
             file.write(json.dumps(row) + "\n")
         print(name, round(float(np.mean(scores)), 2), flush=True)
-    recordings = [item.id for item in data.recordings]
-    (options.out / "by_recording.json").write_text(json.dumps(recordings, indent=0) + "\n")
+    machines = {"recordings": [item.id for item in data.recordings], "files": [item.group for item in data.recordings]}
+    (options.out / "machines.json").write_text(json.dumps(machines) + "\n")
     if any(row["method"] == "Joint" for row in done):
-        (options.out / "table.md").write_text(table(done, recordings))
+        (options.out / "table.md").write_text(table(done, machines))
 
 
 def interval(gap: np.ndarray, labels: list[str] | None = None) -> str:
@@ -308,20 +308,20 @@ def interval(gap: np.ndarray, labels: list[str] | None = None) -> str:
     return f"{gap.mean():+.2f} ({low:+.2f} to {high:+.2f})"
 
 
-def table(rows: list[dict], recordings: list[str]) -> str:
-    """Means, and what Joint has over each, with intervals over the mixtures and over the machines' recordings."""
+def table(rows: list[dict], machines: dict[str, list[str]]) -> str:
+    """Means, and what Joint has over each, with intervals over the mixtures and over what their machines are from."""
     best = next(row for row in rows if row["method"] == "Joint")
-    lines = [
-        "| method | SI-SDR, dB | Joint over it, over mixtures | over recordings | training, s | separation, s |",
-        "|---|---|---|---|---|---|",
-    ]
+    over = [f"over {len(set(labels))} {name}" for name, labels in machines.items()]
+    heads = ["method", "SI-SDR, dB", f"Joint over it, over {len(best['si_sdr'])} mixtures", *over, "s to learn", "s"]
+    lines = [heads, ["---"] * len(heads)]
     for row in rows:
         gap = np.subtract(best["si_sdr"], row["si_sdr"])
-        over = ("", "") if row is best else (interval(gap), interval(gap, recordings))
-        cells = row["method"], f"{np.mean(row['si_sdr']):.2f}", *over, row["training_s"], row["separation_s"]
-        lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
-    count = f"{len(best['si_sdr'])} mixtures, {len(set(recordings))} recordings of machines."
-    return "\n".join([*lines, "", count, ""])
+        gaps = [interval(gap), *(interval(gap, labels) for labels in machines.values())]
+        if row is best:
+            gaps = [""] * len(gaps)
+        times = f"{row['training_s']}", f"{row['separation_s']}"
+        lines.append([row["method"], f"{np.mean(row['si_sdr']):.2f}", *gaps, *times])
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
 if __name__ == "__main__":
