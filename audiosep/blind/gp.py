@@ -63,6 +63,7 @@ PERIODIC = ("periodic", "periodic12")
 KERNELS = (*ENVELOPES, *PERIODIC)
 DEFAULT_KERNELS = ("rbf", "matern32", "matern12", *PERIODIC)
 FIT_SAMPLES = 4000
+FIT_TOLERANCE = 1e-7  # of the likelihood (some 1000 nats) in a step of a fit, the last one
 FINALISTS = 2  # processes that are fitted after a survey of all, beside the best periodic one
 FADE = 0.1  # share of the recording that is faded in and out before its spectrum is taken
 # A fit without noise is kept unless noise makes the source likelier by more than this (in nats): white noise has a line
@@ -291,7 +292,8 @@ def _climb(unit: Tensor, begin: Process, noise: float | None, max_iter: int) -> 
     turn = min(5.0, 5.0 * samples * begin.frequency)  # half a cycle over the whole
     bounds = [(np.log(0.05), np.log(10.0 * samples)), (-12, 6), (-turn, turn), (np.log(NOISE_FLOOR), 1.0)]
     start = np.array([np.log(begin.length_scale), np.log(begin.variance), 0.0, np.log(max(begin.noise, NOISE_FLOOR))])
-    found = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": max_iter})
+    options = {"maxiter": max_iter, "ftol": FIT_TOLERANCE}
+    found = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds, options=options)
     x = found.x
     return Process(
         begin.kernel,
