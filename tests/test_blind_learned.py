@@ -416,3 +416,21 @@ def test_wrong_sources_of_a_pseudo_likelihood_give_way_to_the_likelier_start(mon
     assert found.start_kept_
     assert mean_correlation(found.sources_, S) > 0.99
     assert (np.diag(found.sources_.T @ native.sources_) / len(S) > 0.5).all()
+
+
+@pytest.mark.parametrize(
+    "prior",
+    [ARFlowPrior(2, 3), ARFlowPrior(2, 3, "student_t"), KernelRegressionPrior(2), GPPrior(2), GPPrior(2, "matern32")],
+    ids=lambda p: f"{type(p).__name__}-{getattr(p, 'base', getattr(p, 'kernel', ''))}",
+)
+def test_draws_together_are_as_likely_as_apart(prior):
+    prior = prior.double()
+    for parameter in prior.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    s = torch.randn(3, 2, 50, dtype=torch.float64).requires_grad_()
+    weights = torch.randn(3, 2, dtype=torch.float64)
+    inputs = [s, *(p for name, p in prior.named_parameters() if name != "log_df" or prior.base == "student_t")]
+    together, apart = prior.log_prob(s), torch.stack([prior.log_prob(draw) for draw in s])
+    torch.testing.assert_close(together, apart)
+    gradients = [torch.autograd.grad((values * weights).sum(), inputs) for values in (together, apart)]
+    torch.testing.assert_close(*gradients)

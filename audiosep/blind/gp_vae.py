@@ -27,11 +27,9 @@ class GPPrior(nn.Module):
         self.kernel = kernel
         self.jitter = jitter
         self.periodic = kernel in gp.PERIODIC
-        # Unlike, that sources of a random start may part.
-        first, last = (0.5, 0.5) if self.periodic else (4.0, 60.0)
-        self.log_length_scale = nn.Parameter(torch.linspace(math.log(first), math.log(last), sources))
+        self.log_length_scale = nn.Parameter(torch.full((sources,), math.log(0.5 if self.periodic else 10.0)))
         if self.periodic:
-            self.log_period = nn.Parameter(torch.linspace(math.log(10.0), math.log(100.0), sources))
+            self.log_period = nn.Parameter(torch.full((sources,), math.log(10.0)))
 
     def column(self, samples: int) -> Tensor:
         """First columns of the covariances: (n, samples)."""
@@ -58,7 +56,7 @@ class GPPrior(nn.Module):
     def log_prob(self, s: Tensor) -> Tensor:
         if self.kernel in state_space.ORDERS and compiled("matern_filter"):
             return -state_space.negative_log_likelihood(s, self._log_scale(), self.kernel, self.jitter)
-        return -gp.negative_log_likelihood(s, self.column(s.shape[1]))
+        return -gp.negative_log_likelihood(s, self.column(s.shape[-1]))
 
     def _log_scale(self) -> Tensor:
         return self.log_length_scale.clamp(math.log(0.05), math.log(1e6))

@@ -42,8 +42,8 @@ class KernelRegressionPrior(nn.Module):
         self.rho = nn.Parameter(torch.ones(sources))
 
     def regression(self, s: Tensor) -> Tensor:
-        """m_t of each trajectory: (n, T) -> (n, T)."""
-        samples = s.shape[1]
+        """m_t of each trajectory: (..., n, T) -> (..., n, T)."""
+        samples = s.shape[-1]
         lag = torch.arange(1, samples, dtype=s.dtype, device=s.device)
         scale = self.log_bandwidth.clamp(math.log(0.3), math.log(1e6)).exp()[:, None]
         kernel = torch.exp(-0.5 * (lag / scale) ** 2)  # (n, T - 1), lags 1..T-1
@@ -69,7 +69,7 @@ class KernelRegressionPrior(nn.Module):
     def log_prob(self, s: Tensor) -> Tensor:
         variance = self.log_variance.exp()[:, None] + self.jitter
         error = s - self.rho[:, None] * self.regression(s)
-        return -0.5 * (error.square() / variance + (2 * math.pi * variance).log()).sum(1)
+        return -0.5 * (error.square() / variance + (2 * math.pi * variance).log()).sum(-1)
 
     def learned(self) -> dict[str, Tensor]:
         return {"length_scales_": self.log_bandwidth.exp(), "rho_": self.rho, "variance_": self.log_variance.exp()}

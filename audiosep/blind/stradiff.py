@@ -43,7 +43,7 @@ from audiosep.blind.vae import (
 
 START_STD = 0.01  # of the diffusion's learned start
 LEAST_NOISE = 0.002  # nu of a recording without noise: with less the rotation of the start hardly moves
-RANDOM_NOISE, RANDOM_ANNEAL = 0.05, 21.0  # nu from a random start, and how many times it begins at
+RANDOM_NOISE, RANDOM_ANNEAL = 0.05, 20.0  # nu from a random start, and how many times it begins at
 ALL = slice(None)
 BETA_FIRST, BETA_LAST = 1e-4, 0.2  # of the schedule: abar_L stays above 0.1, so that x0 does not explode at first
 
@@ -276,8 +276,7 @@ class StrADiff(LearnedSeparator):
         # Single precision halves the time of the diffusion, which is most of it.
         networks = NoiseNetworks(sources, self.hidden)
         diffusion = Diffusion(torch.from_numpy(start.T.copy()).float(), self.steps, networks).to(device)
-        if self.init_ != "random":  # whose sources are all alike, and so would be the length-scales
-            prior.start_from(torch.from_numpy(start.T.copy()).to(device))
+        prior.start_from(torch.from_numpy(start.T.copy()).to(device))
         self._nu = self._noise_of(start)
         anneal = RANDOM_ANNEAL if self.init_ == "random" else 1.0
         turn = self._optimise(z, decoder, prior, diffusion, self._nu, anneal)
@@ -307,7 +306,7 @@ class StrADiff(LearnedSeparator):
             if step in self.snapshots:
                 self._keep_path(step, diffusion)
             turn.watch(step, optimiser.rate, diffusion.mean_sources)
-            level = nu * (1 + (anneal - 1) * max(0.0, 1 - 2 * step / self.max_iter))
+            level = nu * anneal ** max(0.0, 1 - 2 * step / self.max_iter)
             part = random_stretch(len(z), self.block)
             s = diffusion.path(diffusion.draw(part))[-1].double()
             parts = (

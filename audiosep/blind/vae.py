@@ -50,7 +50,7 @@ REFINED_TOL = 0.5  # as `tol`, where the last step refines the mixing itself and
 
 
 class SourcePrior(Protocol):
-    """What a prior must offer besides being a torch module."""
+    """What a prior of n sources must offer besides being a torch module: log_prob is (..., n, T) -> (..., n)."""
 
     def start_from(self, s: Tensor) -> None: ...
     def log_prob(self, s: Tensor) -> Tensor: ...
@@ -375,12 +375,10 @@ class VariationalSeparator(LearnedSeparator):
         block = self._block(z)
         mean = fit.encoder(block)
         noise = torch.randn_like(mean) * (0.5 * fit.log_q).exp()
-        entropy = fit.entropy(len(block))
-        losses = []
-        for s in (mean + noise, mean - noise):
-            misfit = (block - fit.decoder(s)).square().mean()
-            losses.append(misfit - beta / block.numel() * (entropy + fit.prior.log_prob(s.T).sum()))
-        return (losses[0] + losses[1]) / 2
+        draws = torch.stack([mean + noise, mean - noise])  # (2, T, n)
+        misfit = (block - fit.decoder(draws)).square().mean()
+        likelihood = fit.prior.log_prob(draws.transpose(1, 2)).sum() / len(draws)
+        return misfit - beta / block.numel() * (fit.entropy(len(block)) + likelihood)
 
     def _block(self, z: Tensor) -> Tensor:
         """A stretch of at most `block` samples, anywhere: priors that forget are learned from parts of a recording."""
