@@ -57,6 +57,9 @@ class ARFlowVAE(VariationalSeparator):
     ar_coef_, innovation_std_ (n_sources,), df_ too for "student_t"; traces_: their course over the iterations
     loss_curve_, elbo_ (nats), n_iter_; init_: the start chosen
     noise_: noise variance per channel and processes_: the fitted processes, with posterior="gp".
+    bands_hold_: whether sources_std_ is the size of the error. It is FAR TOO SMALL, and this False and told by a
+        warning, where no noise was found that can be told from the sources (all the error is then the unmixing's, which
+        is not in it), with mixing="mlp", and with posterior="native".
     """
 
     fits_random_starts = False

@@ -159,6 +159,7 @@ class StrADiff(LearnedSeparator):
     paths_: iteration -> (L + 1, n_samples, n_sources), from x_L to x_0
     loss_curve_, elbo_ (the loss's first two terms, negated: no bound, as draws have no density), n_iter_
     noise_: noise variance per channel and processes_: the fitted processes, with posterior="gp".
+    bands_hold_: whether sources_std_ is the size of the error; as ARFlowVAE's, FAR TOO SMALL without noise.
     """
 
     paths_: dict[int, Array]
