@@ -8,6 +8,7 @@ pytest.importorskip("sklearn")
 from scipy.signal import lfilter
 
 from audiosep.blind import SOBI, AuxIVA, StrADiff, separate_in_blocks
+from audiosep.blind.base import RecordingError
 from audiosep.blind.matching import mean_correlation, si_sdr
 from audiosep.errors import UsageError
 
@@ -69,3 +70,13 @@ def test_what_cant_be_is_said(tmp_path):
     pytest.importorskip("pyroomacoustics")
     with pytest.raises(UsageError, match="use fit_transform"):
         separate_in_blocks(AuxIVA(2), X, np.zeros((2_000, 2)))
+
+
+def test_dependent_channels_in_a_room_are_named(monkeypatch):
+    def singular(*_):
+        raise np.linalg.LinAlgError("Singular matrix")
+
+    pytest.importorskip("pyroomacoustics")
+    monkeypatch.setattr(AuxIVA, "_run", singular)
+    with pytest.raises(RecordingError, match="AuxIVA found the channels dependent"):
+        AuxIVA(2).fit(sources(2_000) @ MIXING.T)

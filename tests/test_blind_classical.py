@@ -138,7 +138,7 @@ def test_pipelines_and_pickles():
         (lambda X: np.c_[X, -2 * X[:, 1] + 1], "channels 1 and 3 carry the same signal"),
         (lambda X: np.where(np.arange(len(X))[:, None] == 7, np.nan, X), "sample 7 of channel 0"),
         (lambda X: X + 1j, "Complex data not supported: take real parts"),
-        (lambda X: X[:, 0], "Reshape your data"),
+        (lambda X: X[:, 0], "got 1D array instead: a recording has a row per sample and a column per channel"),
     ],
 )
 @pytest.mark.parametrize("estimator", ALL, ids=lambda e: type(e).__name__)

@@ -13,6 +13,7 @@ pytest.importorskip("sklearn")
 from scipy.io import loadmat, savemat
 
 from audiosep.blind import blocks, command
+from audiosep.blind.base import RecordingError
 from audiosep.blind.matching import mean_correlation
 from audiosep.cli import main
 from audiosep.errors import AudioError, UsageError
@@ -130,7 +131,7 @@ def test_warnings_and_files_of_earlier_runs_reach_the_user(tmp_path, capsys):
         main(["blind", str(path), "-o", str(out), *arguments])
     shown = capsys.readouterr().err
     assert "SKRVAE did not converge in 3 iterations" in shown
-    assert "sources_std_ is a lower bound" in shown
+    assert "sources_std_ is far too small to be the error" in shown
     assert f"{out} also holds source_3.wav of an earlier run" in shown
     assert "notes" not in shown
 
@@ -220,3 +221,41 @@ def test_the_command_offers_every_method():
     from audiosep.cli import Method
 
     assert [m.value for m in Method] == list(command.METHODS)
+
+
+def test_deviations_of_audio_are_at_the_level_of_its_files(tmp_path):
+    path, out = recording(tmp_path / "x.wav"), tmp_path / "out"
+    facts = command.run(path, out, method="skr-vae", options={"max_iter": 3, "posterior": "native"})
+    assert str(out / "sources_std.npy") in facts["files"]
+    spread = np.load(out / "sources_std.npy").std(0) + np.load(out / "sources_std.npy").mean(0)
+    waves_out = written(out, ".wav")
+    assert spread.shape == (2,)
+    # Relative to the source, as in the estimator: the same deviation for all samples of unit variance.
+    unit = command.build("skr-vae", None, {"max_iter": 3, "posterior": "native"}, 0)
+    fitted = unit.fit(command.read(path).samples)
+    np.testing.assert_allclose(spread / waves_out.std(0), fitted.sources_std_[0] / fitted.sources_.std(0), rtol=1e-3)
+
+
+def test_bands_without_noise_are_said_to_be_too_narrow_on_the_page(tmp_path):
+    options = {"max_iter": 3, "posterior": "native"}
+    command.run(recording(tmp_path / "x.csv"), tmp_path / "out", method="skr-vae", options=options)
+    assert "with a band far too narrow" in (tmp_path / "out" / "report.html").read_text()
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".npy"])
+def test_time_columns_are_named(tmp_path, suffix):
+    X = np.c_[waves() @ MIXING.T, np.round(np.arange(3000) / 128, 4)]
+    path = tmp_path / f"x{suffix}"
+    if suffix == ".npy":
+        np.save(path, X)
+    else:
+        np.savetxt(path, X, delimiter=",", header="left,right,time", comments="")
+    title = "3" if suffix == ".npy" else r"3 \(time\)"
+    with pytest.raises(RecordingError, match=f"column {title} of .* as times and row numbers do: leave it out"):
+        command.run(path, tmp_path / "out")
+
+
+def test_mono_recordings_are_named(tmp_path):
+    sf.write(tmp_path / "x.wav", 0.3 * waves()[:, 0], 8000)
+    with pytest.raises(RecordingError, match=r"x.wav has one channel \(mono\).*`audiosep separate` takes"):
+        command.run(tmp_path / "x.wav", tmp_path / "out")

@@ -196,6 +196,17 @@ def test_posterior_of_a_noisy_mixture():
     assert before < 0.96
     assert mean_correlation(found.mean, S) > 0.98
     assert 0.9 < coverage(found.mean, found.std, S) < 0.99
+    assert found.noisy
+    assert not gaussian_posterior(S @ A.T, turned, refine=False).noisy
+
+
+def test_of_rival_mixings_the_likelier_is_taken():
+    _, A, X = noisy_mixture(0.01)
+    wrong = A @ np.linalg.qr(np.eye(3) + 0.8 * np.random.default_rng(1).standard_normal((3, 3)))[0]
+    for mixing, rival, taken in ((wrong, A, 0), (A, wrong, None)):
+        found = gaussian_posterior(X - X.mean(0), mixing, rivals=[rival], refine=False)
+        assert found.rival == taken
+        np.testing.assert_array_equal(found.mixing, A)
 
 
 def test_curvature_of_the_mixings_likelihood_is_that_of_automatic_differentiation(monkeypatch):

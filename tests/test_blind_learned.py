@@ -15,11 +15,13 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import check_estimator
+from torch import nn
 
 from audiosep.blind import GPVAE, SKRVAE, ARFlowVAE, StrADiff, compiled
-from audiosep.blind.flows import KAPPA, ARFlowPrior
+from audiosep.blind.flows import ARFlowPrior
 from audiosep.blind.gp_vae import GPPrior
 from audiosep.blind.matching import match, mean_correlation
+from audiosep.blind.one_cycle import OneCycle
 from audiosep.blind.skr_vae import KernelRegressionPrior
 from audiosep.blind.stradiff import Diffusion, NoiseNetworks
 from audiosep.blind.vae import Turn
@@ -45,7 +47,7 @@ def waves(samples=400):
 def flow():
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float64)
-    prior = ARFlowPrior(2, hidden=3)
+    prior = ARFlowPrior(2, hidden=3, kappa=0.6)
     for parameter in prior.parameters():
         parameter.data += 0.3 * torch.randn_like(parameter)
     yield prior
@@ -59,7 +61,7 @@ def flow_by_hand(prior, s):
     for r in range(1, s.shape[1]):
         u = (s[:, r] - prior.ar_coef * s[:, r - 1]) / prior.log_innovation.exp()
         b = (prior.w_b * h).sum(1) + prior.c_b
-        alpha = KAPPA * torch.tanh((prior.w_alpha * h).sum(1) + prior.c_alpha)
+        alpha = prior.kappa * torch.tanh((prior.w_alpha * h).sum(1) + prior.c_alpha)
         eps = (u - b) * torch.exp(-alpha)
         h = torch.tanh((prior.w_h @ h[..., None])[..., 0] + prior.w_eps * eps[:, None] + prior.c_h)
         total = total - 0.5 * (eps**2 + math.log(2 * math.pi)) - alpha - prior.log_innovation
@@ -217,8 +219,10 @@ def test_pipelines_and_options():
         (SKRVAE(max_iter=2.5), "max_iter is a whole number above 0, got 2.5"),
         (SKRVAE(tol="x"), "tol is a number of at least 0, got 'x'"),
         (GPVAE(block="x"), "block is a number of samples or None"),
-        (GPVAE(kernel="periodic"), "kernel is rbf, matern12, matern32 or matern52, got 'periodic'"),
-        (StrADiff(kernel="periodic"), "kernel is rbf, matern12, matern32 or matern52, got 'periodic'"),
+        (GPVAE(kernel="sine"), "kernel is rbf, .*, periodic or periodic12, got 'sine'"),
+        (StrADiff(kernel="sine"), "kernel is rbf, .*, periodic or periodic12, got 'sine'"),
+        (StrADiff(block=1), "block is a number of samples or None, got 1"),
+        (ARFlowVAE(kappa=0), "kappa is a number above 0, got 0"),
         (StrADiff(steps=0), "steps is a whole number above 0, got 0"),
         (StrADiff(noise=0), "noise is a number above 0, got 0"),
         (StrADiff(draws=0, posterior="native"), "draws is a whole number above 0, got 0"),
@@ -255,7 +259,7 @@ def test_a_turn_is_what_scale_sign_and_offset_do_not_change():
 def test_deviations_without_noise_are_told_to_be_lower_bounds():
     third = np.r_[MIXING, [[0.5, 0.5]]]
     noise = 0.1 * np.random.default_rng(0).standard_normal((400, 3))
-    with pytest.warns(UserWarning, match="sources_std_ is a lower bound"):
+    with pytest.warns(UserWarning, match="sources_std_ is far too small to be the error"):
         quick(SKRVAE()).fit(waves() @ MIXING.T)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -346,3 +350,87 @@ def test_scikit_learns_own_checks_of_what_is_smoothed(estimator):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         check_estimator(clone(estimator).set_params(max_iter=2), expected_failed_checks=EXCEPTIONS)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 50])
+def test_the_schedule_is_torchs_one_cycle(steps):
+    mine, theirs = (nn.Parameter(torch.ones(3, dtype=torch.float64)) for _ in range(2))
+    optimiser = OneCycle([([mine], 0.1)], steps)
+    adam = torch.optim.Adam([theirs])
+    schedule = torch.optim.lr_scheduler.OneCycleLR(adam, max_lr=0.1, total_steps=steps + 1)
+    for _ in range(steps):
+        assert optimiser.rate == pytest.approx(schedule.get_last_lr()[0])
+        optimiser.step((mine - torch.arange(3)).square().sum())
+        adam.zero_grad()
+        (theirs - torch.arange(3)).square().sum().backward()
+        adam.step()
+        schedule.step()
+    torch.testing.assert_close(mine, theirs)
+
+
+def repeating(samples=400):
+    t = np.arange(samples)
+    S = np.stack([np.sin(0.2 * t) ** 3, np.cos(0.31 * t) + 0.5 * np.cos(0.62 * t + 1)], axis=1)
+    return (S - S.mean(0)) / S.std(0)
+
+
+@pytest.mark.parametrize("estimator", [GPVAE(), StrADiff()], ids=lambda e: type(e).__name__)
+def test_periodic_kernels_find_the_periods(estimator):
+    S = repeating()
+    found = quick(estimator, kernel="periodic", posterior="native", max_iter=30).fit(S @ MIXING.T)
+    pairing = match(found.sources_, S)
+    assert pairing.correlations.min() > 0.99
+    np.testing.assert_allclose(found.periods_[pairing.order], 2 * np.pi / np.array([0.2, 0.31]), rtol=0.02)
+    assert found.traces_["periods_"].shape == (30, 2)
+    assert mean_correlation(found.transform(S @ MIXING.T), S) > 0.99
+
+
+def test_stradiff_learns_from_stretches_of_a_long_recording(monkeypatch):
+    S = waves(900)
+    lengths = []
+    once = Diffusion.path
+    monkeypatch.setattr(Diffusion, "path", lambda self, z: lengths.append(z.shape[1]) or once(self, z))
+    found = quick(StrADiff(), block=300, posterior="native").fit(S @ MIXING.T)
+    assert lengths.count(300) == found.n_iter_
+    assert found.sources_.shape == (900, 2)
+    assert mean_correlation(found.sources_, S) > 0.99
+
+
+def test_wrong_sources_of_a_pseudo_likelihood_give_way_to_the_likelier_start(monkeypatch):
+    """As SKR-VAE goes wrong under noise; the order and signs of its sources stay."""
+    S = waves()
+    X = S @ MIXING.T + 0.05 * np.random.default_rng(0).standard_normal(S.shape)
+    wrong = np.array([[math.cos(0.6), math.sin(0.6)], [-math.sin(0.6), math.cos(0.6)]])
+
+    def turn(self, z, fit, start):
+        with torch.no_grad():
+            fit.encoder.weight.copy_(torch.from_numpy(wrong @ fit.begun))
+            fit.decoder.weight.copy_(fit.encoder.weight.T)
+        fit.turn._allowed = 1.0
+
+    monkeypatch.setattr(SKRVAE, "_optimise", turn)
+    native = quick(SKRVAE(), posterior="native").fit(X)
+    assert not native.start_kept_
+    assert mean_correlation(native.sources_, S) < 0.95
+    found = quick(SKRVAE()).fit(X)
+    assert found.start_kept_
+    assert mean_correlation(found.sources_, S) > 0.99
+    assert (np.diag(found.sources_.T @ native.sources_) / len(S) > 0.5).all()
+
+
+@pytest.mark.parametrize(
+    "prior",
+    [ARFlowPrior(2, 3), ARFlowPrior(2, 3, "student_t"), KernelRegressionPrior(2), GPPrior(2), GPPrior(2, "matern32")],
+    ids=lambda p: f"{type(p).__name__}-{getattr(p, 'base', getattr(p, 'kernel', ''))}",
+)
+def test_draws_together_are_as_likely_as_apart(prior):
+    prior = prior.double()
+    for parameter in prior.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    s = torch.randn(3, 2, 50, dtype=torch.float64).requires_grad_()
+    weights = torch.randn(3, 2, dtype=torch.float64)
+    inputs = [s, *(p for name, p in prior.named_parameters() if name != "log_df" or prior.base == "student_t")]
+    together, apart = prior.log_prob(s), torch.stack([prior.log_prob(draw) for draw in s])
+    torch.testing.assert_close(together, apart)
+    gradients = [torch.autograd.grad((values * weights).sum(), inputs) for values in (together, apart)]
+    torch.testing.assert_close(*gradients)

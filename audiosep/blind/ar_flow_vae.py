@@ -35,6 +35,8 @@ class ARFlowVAE(VariationalSeparator):
         linear one under noise, a bent one where there are as many channels as sources (see `bent`).
     hidden: int
         Size H of the flow's state.
+    kappa: float
+        Largest |log-scale| of the flow's noise, eq. 17; the paper's is 0.8.
     beta, warm: float or None
         Weight of the divergence term (twice the variance of the observation noise), and how many times it starts at.
         None is 0.1 and 10, for mixing="mlp" 0.02 and 30.
@@ -55,6 +57,9 @@ class ARFlowVAE(VariationalSeparator):
     ar_coef_, innovation_std_ (n_sources,), df_ too for "student_t"; traces_: their course over the iterations
     loss_curve_, elbo_ (nats), n_iter_; init_: the start chosen
     noise_: noise variance per channel and processes_: the fitted processes, with posterior="gp".
+    bands_hold_: whether sources_std_ is the size of the error. It is FAR TOO SMALL, and this False and told by a
+        warning, where no noise was found that can be told from the sources (all the error is then the unmixing's, which
+        is not in it), with mixing="mlp", and with posterior="native".
     """
 
     fits_random_starts = False
@@ -69,6 +74,7 @@ class ARFlowVAE(VariationalSeparator):
         n_init: int = 1,
         posterior: str = "gp",
         hidden: int = 8,
+        kappa: float = 0.8,
         beta: float | None = None,
         warm: float | None = None,
         mlp_units: int = 32,
@@ -86,6 +92,7 @@ class ARFlowVAE(VariationalSeparator):
         self.n_init = n_init
         self.posterior = posterior
         self.hidden = hidden
+        self.kappa = kappa
         self.beta = beta
         self.warm = warm
         self.mlp_units = mlp_units
@@ -102,10 +109,11 @@ class ARFlowVAE(VariationalSeparator):
     def _check_options(self) -> None:
         super()._check_options()
         positive("hidden", self.hidden, whole=True)
+        positive("kappa", self.kappa)
 
     def _levels(self) -> tuple[Any, Any]:
         usual = (0.1, 10.0) if self.mixing == "linear" else (0.02, 30.0)
         return (usual[0] if self.beta is None else self.beta), (usual[1] if self.warm is None else self.warm)
 
     def _prior(self, sources: int) -> SourcePrior:
-        return ARFlowPrior(sources, self.hidden, choose("base", self.base, BASES))
+        return ARFlowPrior(sources, self.hidden, choose("base", self.base, BASES), self.kappa)

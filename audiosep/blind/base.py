@@ -135,6 +135,11 @@ class BlindSeparator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
             text = " ".join(str(error).split())
             if text.startswith("Complex data not supported"):  # followed by all the numbers
                 text = "Complex data not supported: take real parts or magnitudes first"
+            if text.startswith("Expected 2D array, got 1D"):
+                text = (
+                    "Expected 2D array, got 1D array instead: a recording has a row per sample and a column per "
+                    "channel. Reshape your data"
+                )
             raise RecordingError(text) from error
         _check_finite(recording)
         if reset:

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from audiosep.blind import gp
+from audiosep.blind.one_cycle import OneCycle
 
 LEVELS = (0.1, 0.05, 0.02, 0.01)  # v
 RATE, STEPS = 3e-3, 100  # of Adam at each level
@@ -69,10 +70,9 @@ class Map(nn.Module):
 def fitted(start: Map, x: Tensor, y: Tensor) -> Map:
     """The map from x (T, a) to y (T, b) of least squares, from another as a start."""
     found = _copy(start)
-    optimiser = torch.optim.Adam(found.parameters())
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=FIT_RATE, total_steps=FIT_STEPS + 1)
+    optimiser = OneCycle([(found.parameters(), FIT_RATE)], FIT_STEPS)
     for _ in range(FIT_STEPS):
-        _step((found(x) - y).square().mean(), optimiser, schedule)
+        optimiser.step((found(x) - y).square().mean())
     return found.requires_grad_(False)
 
 
@@ -106,12 +106,11 @@ def _climb(encoder: Map, z: Tensor, side: float, level: float) -> None:
     processes = [gp.fit(s, noise=level) for s in sources.T]
     columns = torch.from_numpy(np.stack([p.column(len(z)) for p in processes]))
     columns[:, 0] += level
-    optimiser = torch.optim.Adam(encoder.parameters())
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=RATE, total_steps=STEPS + 1)
+    optimiser = OneCycle([(encoder.parameters(), RATE)], STEPS)
     for _ in range(STEPS):
         misfit = negative_log_density(encoder, z, columns, side) / len(z)
         decay = torch.stack([p.square().sum() for p in encoder.bend.parameters()]).sum()
-        _step(misfit + DECAY * decay, optimiser, schedule)
+        optimiser.step(misfit + DECAY * decay)
 
 
 def negative_log_density(encoder: Map, z: Tensor, columns: Tensor, side: float) -> Tensor:
@@ -123,13 +122,6 @@ def negative_log_density(encoder: Map, z: Tensor, columns: Tensor, side: float) 
     volume = side * torch.linalg.det(encoder.slope(z)) / s.std(0).prod()
     logarithm = torch.where(volume > FOLD, volume.clamp_min(FOLD).log(), math.log(FOLD) + volume / FOLD - 1)
     return gp.negative_log_likelihood(_unit(s).T, columns).sum() - logarithm.sum()
-
-
-def _step(loss: Tensor, optimiser: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.OneCycleLR) -> None:
-    optimiser.zero_grad()
-    loss.backward()
-    optimiser.step()
-    schedule.step()
 
 
 def _copy(of: Map) -> Map:

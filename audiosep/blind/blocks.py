@@ -50,6 +50,7 @@ def separate_in_blocks(
             f"out has as many rows as X, block is at least 1, margin at least 0 and fit_samples at least {STRETCHES}; "
             f"got shapes {tuple(out.shape)} and {tuple(X.shape)}, {block}, {margin} and {fit_samples}"
         )
+    _ = estimator.transform  # those that separate only what they were fitted to say so here, before the fit
     fit_to_stretches(estimator, X, fit_samples)
     transform_in_blocks(estimator, X, out, block, margin)
     return estimator

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from audiosep import audio, blind, report
 from audiosep.blind import blocks
+from audiosep.blind.base import RecordingError
 from audiosep.errors import AudioError, UsageError
 from audiosep.progress import Callback
 
@@ -45,6 +46,8 @@ TABLES = {".csv": ",", ".tsv": "\t", ".txt": None}  # None: white space
 
 # Numbers in a recording above which it stays on disk and is separated in blocks: smoothing takes many times its memory.
 LONG = 20_000_000
+UNEVEN = 0.05  # of the mean step: in times rounded to few digits
+SHORT = 30  # rows below which a signal may rise evenly by chance
 LINES = 50_000  # of a table that are read at once
 SHOWN = 2_000_000  # numbers of a long recording's sources that are on the page
 # What this command writes into its folder, perhaps with more sources or as another kind in an earlier run.
@@ -78,6 +81,7 @@ def run(
     """
     with tempfile.TemporaryDirectory(prefix="audiosep-", ignore_cleanup_errors=True) as scratch:
         recording = read(path, Path(scratch))
+        _check(recording, os.fspath(path))
         estimator = build(method, n_sources, options or {}, seed)
         if progress is not None and hasattr(estimator, "progress"):
             estimator.progress = progress
@@ -94,6 +98,27 @@ def run(
         page = Path(out) / "report.html"
         _write_page(page, Path(path).name, facts, recording, estimator, sources)
     return {**facts, "page": os.fspath(page)}
+
+
+def _check(recording: Recording, name: str) -> None:
+    """A RecordingError if there is a single channel, or a column that counts the rows."""
+    if recording.samples.shape[1] == 1:
+        raise RecordingError(
+            f"{name} has one channel (mono), and blind separation compares channels: at least two are needed "
+            "(`audiosep separate` takes recordings of one)"
+        )
+    if recording.info is not None:
+        return
+    rows = np.asarray(recording.samples[:LINES], dtype=np.float64)
+    steps = np.diff(rows, axis=0)
+    even = np.abs(steps - steps.mean(0)).max(0, initial=0) <= UNEVEN * np.abs(steps.mean(0))
+    if len(rows) >= SHORT and (even & (steps.mean(0) != 0)).any():
+        column = int(np.flatnonzero(even & (steps.mean(0) != 0))[0])
+        title = f"{column + 1} ({recording.names[column]})" if recording.names else f"{column + 1}"
+        raise RecordingError(
+            f"column {title} of {name} rises or falls by the same step from row to row, as times and row numbers do: "
+            "leave it out of the file, as it is no signal"
+        )
 
 
 def _left_over(out: Path, written: Sequence[Path]) -> list[str]:
@@ -274,12 +299,17 @@ READERS: dict[str, Callable[[Path, Path | None], Recording]] = {
 
 
 def write(path: Path, out: Path, recording: Recording, estimator: Any, sources: Array) -> list[Path]:
-    """The sources (T, n) as files of the recording's kind, and the mixing matrix as csv."""
+    """The sources (T, n) as files of the recording's kind, their deviations, and the mixing matrix as csv.
+
+    Deviations of audio are sources_std.npy (T, n), at the level of the source files: samples of a wave round them.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise AudioError(f"{out}: can't be written: {error.strerror}") from error
     written = []
+    deviations = getattr(estimator, "sources_std_", np.empty(0))
+    whole = deviations.shape == sources.shape  # not those of stretches
     if recording.info is not None:
         suffix = path.suffix.lower().lstrip(".")
         suffix = suffix if suffix in audio.FORMATS else "wav"
@@ -287,11 +317,12 @@ def write(path: Path, out: Path, recording: Recording, estimator: Any, sources: 
         for j, level in enumerate(levels(estimator)):
             written.append(out / f"source_{j + 1}.{suffix}")
             _write_wave(written[-1], sources[:, j], level, recording.info.sample_rate, subtype)
+        if whole:
+            written.append(_write_array(out / "sources_std.npy", deviations * levels(estimator)))
     else:
         written.append(_write_array(out / f"sources{path.suffix.lower()}", sources, recording.rate))
-        if getattr(estimator, "sources_std_", np.empty(0)).shape == sources.shape:  # not those of stretches
-            deviations = out / f"sources_std{path.suffix.lower()}"
-            written.append(_write_array(deviations, estimator.sources_std_, recording.rate))
+        if whole:
+            written.append(_write_array(out / f"sources_std{path.suffix.lower()}", deviations, recording.rate))
     if hasattr(estimator, "mixing_"):
         written.append(_write_array(out / "mixing.csv", estimator.mixing_))
     return written
@@ -349,7 +380,7 @@ def _facts(estimator: Any, method: str, recording: Recording, seconds: float) ->
         value = getattr(estimator, name, None)
         if value is not None and value == value:  # NaN is what wasn't estimated, and no JSON
             facts[name.rstrip("_")] = value
-    for name in ("length_scales_", "ar_coef_", "innovation_std_", "rho_", "df_"):
+    for name in ("length_scales_", "periods_", "ar_coef_", "innovation_std_", "rho_", "df_"):
         if hasattr(estimator, name):
             facts[name.rstrip("_").replace("_", " ")] = [float(v) for v in getattr(estimator, name)]
     if hasattr(estimator, "mixing_"):
@@ -374,7 +405,8 @@ def _write_page(
         if deviations is not None:
             reach = 1.96 * deviations[:, j]
             bands = {label: (source - reach, source + reach)}
-        plots.append(report.Plot(f"{label}, with its 95 % band" if bands else label, {label: source}, unit, end, bands))
+        band = "its 95 % band" if getattr(estimator, "bands_hold_", True) else "a band far too narrow (see warnings)"
+        plots.append(report.Plot(f"{label}, with {band}" if bands else label, {label: source}, unit, end, bands))
         if recording.info:
             tracks.append((label, levels(estimator)[j] * source[None], recording.info.sample_rate))
         else:

@@ -170,25 +170,29 @@ def flow_forward(
     c_h: Array,
     kappa: float,
 ) -> tuple[Array, Array, Array]:
-    """Invert the recurrent flow: noise (n, R), log-scales (n, R) and states (n, R + 1, H) of residuals u (n, R)."""
-    sources, steps = u.shape
-    size = w_b.shape[1]
-    eps, alpha = np.empty((sources, steps)), np.empty((sources, steps))
-    h = np.zeros((sources, steps + 1, size))
-    for j in range(sources):
+    """Invert the recurrent flow: noise (k, R), log-scales (k, R) and states (k, R + 1, H) of residuals u (k, R).
+
+    Row r is a draw of source r modulo the number of sources.
+    """
+    rows, steps = u.shape
+    sources, size = w_b.shape
+    eps, alpha = np.empty((rows, steps)), np.empty((rows, steps))
+    h = np.zeros((rows, steps + 1, size))
+    for r in range(rows):
+        j = r % sources
         for t in range(steps):
             b, a = c_b[j], c_alpha[j]
             for i in range(size):
-                b += w_b[j, i] * h[j, t, i]
-                a += w_alpha[j, i] * h[j, t, i]
+                b += w_b[j, i] * h[r, t, i]
+                a += w_alpha[j, i] * h[r, t, i]
             a = kappa * np.tanh(a)
-            e = (u[j, t] - b) * np.exp(-a)
-            alpha[j, t], eps[j, t] = a, e
+            e = (u[r, t] - b) * np.exp(-a)
+            alpha[r, t], eps[r, t] = a, e
             for i in range(size):
                 total = c_h[j, i] + w_eps[j, i] * e
                 for k in range(size):
-                    total += w_h[j, i, k] * h[j, t, k]
-                h[j, t + 1, i] = np.tanh(total)
+                    total += w_h[j, i, k] * h[r, t, k]
+                h[r, t + 1, i] = np.tanh(total)
     return eps, alpha, h
 
 
@@ -205,37 +209,38 @@ def flow_backward(
     kappa: float,
 ) -> tuple[Array, ...]:
     """Gradients by u and by the parameters, in `flow_forward`'s order, of what has gradients by eps and alpha."""
-    sources, steps = eps.shape
-    size = w_b.shape[1]
-    d_u = np.empty((sources, steps))
+    rows, steps = eps.shape
+    sources, size = w_b.shape
+    d_u = np.empty((rows, steps))
     d_w_b, d_c_b = np.zeros((sources, size)), np.zeros(sources)
     d_w_alpha, d_c_alpha = np.zeros((sources, size)), np.zeros(sources)
     d_w_h = np.zeros((sources, size, size))
     d_w_eps, d_c_h = np.zeros((sources, size)), np.zeros((sources, size))
     d_h, before, inner = np.zeros(size), np.zeros(size), np.zeros(size)
-    for j in range(sources):
+    for r in range(rows):
+        j = r % sources
         d_h[:] = 0.0
         for t in range(steps - 1, -1, -1):
-            e, a = eps[j, t], alpha[j, t]
-            d_e = by_eps[j, t]
+            e, a = eps[r, t], alpha[r, t]
+            d_e = by_eps[r, t]
             for i in range(size):
-                inner[i] = d_h[i] * (1 - h[j, t + 1, i] ** 2)
+                inner[i] = d_h[i] * (1 - h[r, t + 1, i] ** 2)
                 d_e += inner[i] * w_eps[j, i]
                 d_w_eps[j, i] += inner[i] * e
                 d_c_h[j, i] += inner[i]
-            d_u[j, t] = d_e * np.exp(-a)
-            d_b = -d_u[j, t]
-            d_a = (by_alpha[j, t] - d_e * e) * (kappa - a * a / kappa)
+            d_u[r, t] = d_e * np.exp(-a)
+            d_b = -d_u[r, t]
+            d_a = (by_alpha[r, t] - d_e * e) * (kappa - a * a / kappa)
             d_c_b[j] += d_b
             d_c_alpha[j] += d_a
             for i in range(size):
                 before[i] = w_b[j, i] * d_b + w_alpha[j, i] * d_a
-                d_w_b[j, i] += d_b * h[j, t, i]
-                d_w_alpha[j, i] += d_a * h[j, t, i]
+                d_w_b[j, i] += d_b * h[r, t, i]
+                d_w_alpha[j, i] += d_a * h[r, t, i]
             for i in range(size):
                 for k in range(size):
                     before[k] += w_h[j, i, k] * inner[i]
-                    d_w_h[j, i, k] += inner[i] * h[j, t, k]
+                    d_w_h[j, i, k] += inner[i] * h[r, t, k]
             for i in range(size):
                 d_h[i] = before[i]
     return d_u, d_w_b, d_c_b, d_w_alpha, d_c_alpha, d_w_h, d_w_eps, d_c_h

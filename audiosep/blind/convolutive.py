@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
-from audiosep.blind.base import Array, BlindSeparator
+from audiosep.blind.base import Array, BlindSeparator, RecordingError
 from audiosep.errors import UsageError
 from audiosep.stft import istft, stft
 
@@ -51,6 +51,11 @@ class ConvolutiveSeparator(BlindSeparator):
         np.random.seed(rng.randint(2**31))  # noqa: NPY002
         try:
             found = self._run(bss, spectra.permute(2, 1, 0).numpy())  # (M, F, n)
+        except np.linalg.LinAlgError as error:
+            raise RecordingError(
+                f"{type(self).__name__} found the channels dependent at some frequency: it needs microphones in a "
+                "room, not exact mixtures of fewer signals"
+            ) from error
         finally:
             np.random.set_state(before)  # noqa: NPY002
         waves = istft(torch.from_numpy(np.ascontiguousarray(found)).permute(2, 1, 0), self.n_fft, hop, len(X))

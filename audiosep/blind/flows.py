@@ -25,27 +25,29 @@ from torch import Tensor, nn
 
 from audiosep.blind import compiled
 
-KAPPA = 0.8  # eq. 17
 BASES = ("normal", "student_t")
 
 
 class _InverseFlow(torch.autograd.Function):
-    """u (n, R) and the parameters -> eps, alpha (n, R); eq. 20 along r. Runs on the CPU, where it is fastest."""
+    """u (k n, R), draws of n sources, and their parameters -> eps, alpha (k n, R); eq. 20 along r.
+
+    Runs on the CPU, where it is fastest.
+    """
 
     @staticmethod
-    def forward(ctx: Any, u: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, kappa: float, u: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
         run: Callable[..., Any] = compiled.compiled("flow_forward") or compiled.flow_forward
         values = [_array(t) for t in (u, *parameters)]
-        eps, alpha, h = run(*values, KAPPA)
-        ctx.state = eps, alpha, h, values
+        eps, alpha, h = run(*values, kappa)
+        ctx.state = eps, alpha, h, values, kappa
         return torch.from_numpy(eps).to(u), torch.from_numpy(alpha).to(u)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         run: Callable[..., Any] = compiled.compiled("flow_backward") or compiled.flow_backward
-        eps, alpha, h, (_, w_b, _, w_alpha, _, w_h, w_eps, _) = ctx.state
-        found = run(eps, alpha, h, _array(grads[0]), _array(grads[1]), w_b, w_alpha, w_h, w_eps, KAPPA)
-        return tuple(torch.from_numpy(g).to(grads[0]) for g in found)
+        eps, alpha, h, (_, w_b, _, w_alpha, _, w_h, w_eps, _), kappa = ctx.state
+        found = run(eps, alpha, h, _array(grads[0]), _array(grads[1]), w_b, w_alpha, w_h, w_eps, kappa)
+        return None, *(torch.from_numpy(g).to(grads[0]) for g in found)
 
 
 def _array(tensor: Tensor) -> np.ndarray:
@@ -53,11 +55,12 @@ def _array(tensor: Tensor) -> np.ndarray:
 
 
 class ARFlowPrior(nn.Module):
-    """The prior of n sources; `log_prob` maps trajectories (n, R) to (n,)."""
+    """The prior of n sources; `log_prob` maps trajectories (..., n, R) to (..., n)."""
 
-    def __init__(self, sources: int, hidden: int = 8, base: str = "normal") -> None:
+    def __init__(self, sources: int, hidden: int = 8, base: str = "normal", kappa: float = 0.8) -> None:
         super().__init__()
         self.base = base
+        self.kappa = kappa
         self.ar_coef = nn.Parameter(torch.linspace(0.3, 0.9, sources))  # unlike, that they may part
         self.log_innovation = nn.Parameter(torch.zeros(sources))  # log sigma
         self.log_first = nn.Parameter(torch.zeros(sources))  # log sigma_0
@@ -80,19 +83,21 @@ class ARFlowPrior(nn.Module):
         self.log_first.copy_(0.5 * power.log())
 
     def residuals(self, s: Tensor) -> Tensor:
-        """u (n, R - 1), eq. 14."""
-        return (s[:, 1:] - self.ar_coef[:, None] * s[:, :-1]) * (-self.log_innovation).exp()[:, None]
+        """u (..., n, R - 1), eq. 14."""
+        return (s[..., 1:] - self.ar_coef[:, None] * s[..., :-1]) * (-self.log_innovation).exp()[:, None]
 
     def noise(self, s: Tensor) -> tuple[Tensor, Tensor]:
-        """eps and alpha (n, R - 1) of trajectories s (n, R)."""
+        """eps and alpha (..., n, R - 1) of trajectories s (..., n, R)."""
         parameters = (self.w_b, self.c_b, self.w_alpha, self.c_alpha, self.w_h, self.w_eps, self.c_h)
-        return _InverseFlow.apply(self.residuals(s), *parameters)
+        u = self.residuals(s)
+        eps, alpha = _InverseFlow.apply(self.kappa, u.flatten(0, -2), *parameters)
+        return eps.view_as(u), alpha.view_as(u)
 
     def log_prob(self, s: Tensor) -> Tensor:
-        first = torch.distributions.Normal(0.0, self.log_first.exp()).log_prob(s[:, 0])
+        first = torch.distributions.Normal(0.0, self.log_first.exp()).log_prob(s[..., 0])
         eps, alpha = self.noise(s)
-        steps = s.shape[1] - 1
-        return first + self._base().log_prob(eps).sum(1) - alpha.sum(1) - steps * self.log_innovation
+        steps = s.shape[-1] - 1
+        return first + self._base().log_prob(eps).sum(-1) - alpha.sum(-1) - steps * self.log_innovation
 
     def _base(self) -> torch.distributions.Distribution:
         if self.base == "normal":

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -63,6 +64,7 @@ PERIODIC = ("periodic", "periodic12")
 KERNELS = (*ENVELOPES, *PERIODIC)
 DEFAULT_KERNELS = ("rbf", "matern32", "matern12", *PERIODIC)
 FIT_SAMPLES = 4000
+FIT_TOLERANCE = 1e-7  # of the likelihood (some 1000 nats) in a step of a fit, the last one
 FINALISTS = 2  # processes that are fitted after a survey of all, beside the best periodic one
 FADE = 0.1  # share of the recording that is faded in and out before its spectrum is taken
 # A fit without noise is kept unless noise makes the source likelier by more than this (in nats): white noise has a line
@@ -91,25 +93,26 @@ class _NegativeLogLikelihood(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, s: Tensor, column: Tensor) -> Tensor:
         signals, columns = (t.detach().cpu().double().numpy() for t in (s, column))
-        values, by_signal, by_column = np.empty(len(s)), np.empty_like(signals), np.empty_like(signals)
-        for i, (signal, first) in enumerate(zip(signals, columns)):
-            inverse = toeplitz.Inverse.of(first)
+        values, by_signal, by_column = np.empty(s.shape[:-1]), np.empty_like(signals), np.empty_like(signals)
+        for i, first in enumerate(columns):
+            inverse, signal = toeplitz.Inverse.of(first), signals[..., i, :]
             a = inverse.solve(signal)
-            values[i] = 0.5 * (len(signal) * np.log(2 * np.pi) + inverse.logdet + signal @ a)
-            by_signal[i] = a
-            by_column[i] = inverse.diagonal_sums - toeplitz.correlate(a, a)
-            by_column[i, 0] /= 2  # the other diagonals come in pairs
+            values[..., i] = 0.5 * (len(first) * np.log(2 * np.pi) + inverse.logdet + (signal * a).sum(-1))
+            by_signal[..., i, :] = a
+            by_column[..., i, :] = inverse.diagonal_sums - toeplitz.correlate(a, a)
+        by_column[..., 0] /= 2  # the other diagonals come in pairs
         ctx.save_for_backward(torch.from_numpy(by_signal).to(s), torch.from_numpy(by_column).to(column))
         return torch.from_numpy(values).to(s)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         by_signal, by_column = ctx.saved_tensors
-        return grads[0][:, None] * by_signal, grads[0][:, None] * by_column
+        by_value = grads[0][..., None]
+        return by_value * by_signal, (by_value * by_column).reshape(-1, *by_column.shape[-2:]).sum(0)
 
 
 def negative_log_likelihood(s: Tensor, column: Tensor) -> Tensor:
-    """-log N(s; 0, Toeplitz(column)) of each source: (n, T), (n, T) -> (n,). Differentiable in both.
+    """-log N(s; 0, Toeplitz(column)) of each source: (..., n, T), (n, T) -> (..., n). Differentiable in both.
 
     Computed in double precision on the CPU, whatever the tensors' device and type.
     """
@@ -226,10 +229,16 @@ def tapered_spectrum(X: Array, fade: float = FADE) -> Array:
 def expected_power(column: Array, fade: float = FADE) -> Array:
     """Expected |`tapered_spectrum`|^2, (T // 2 + 1,), of a process of these autocovariances (T,), leakage too."""
     samples = len(column)
-    taper = _taper(samples, fade)
-    seen = column * (toeplitz.correlate(taper, taper) / samples)
+    seen = column * _overlap(samples, fade)
     both = np.r_[seen[0], seen[1:] + seen[:0:-1]]
     return np.maximum(np.fft.rfft(both).real, 1e-12 * seen[0])
+
+
+@lru_cache(maxsize=8)
+def _overlap(samples: int, fade: float) -> Array:
+    """How much of the taper and of itself at each lag coincide: (T,)."""
+    taper = _taper(samples, fade)
+    return toeplitz.correlate(taper, taper) / samples
 
 
 def _taper(samples: int, fade: float) -> Array:
@@ -291,7 +300,8 @@ def _climb(unit: Tensor, begin: Process, noise: float | None, max_iter: int) -> 
     turn = min(5.0, 5.0 * samples * begin.frequency)  # half a cycle over the whole
     bounds = [(np.log(0.05), np.log(10.0 * samples)), (-12, 6), (-turn, turn), (np.log(NOISE_FLOOR), 1.0)]
     start = np.array([np.log(begin.length_scale), np.log(begin.variance), 0.0, np.log(max(begin.noise, NOISE_FLOOR))])
-    found = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": max_iter})
+    options = {"maxiter": max_iter, "ftol": FIT_TOLERANCE}
+    found = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds, options=options)
     x = found.x
     return Process(
         begin.kernel,

@@ -17,24 +17,36 @@ SCALES = 24  # length-scales that a fit starts from
 
 
 class GPPrior(nn.Module):
-    """Unit-variance processes with a learned length-scale (samples) per source, plus jitter xi at lag 0."""
+    """Unit-variance processes with a learned length-scale per source, plus jitter xi at lag 0.
+
+    Length-scales are in samples; those of periodic kernels are shares of the period, which is learned too.
+    """
 
     def __init__(self, sources: int, kernel: str = "rbf", jitter: float = 1e-2) -> None:
         super().__init__()
         self.kernel = kernel
         self.jitter = jitter
-        self.log_length_scale = nn.Parameter(torch.full((sources,), math.log(10.0)))
+        self.periodic = kernel in gp.PERIODIC
+        self.log_length_scale = nn.Parameter(torch.full((sources,), math.log(0.5 if self.periodic else 10.0)))
+        if self.periodic:
+            self.log_period = nn.Parameter(torch.full((sources,), math.log(10.0)))
 
     def column(self, samples: int) -> Tensor:
         """First columns of the covariances: (n, samples)."""
         lag = torch.arange(samples, dtype=torch.float64, device=self.log_length_scale.device)
         scale = self._log_scale().exp()[:, None]
-        return gp.correlation(self.kernel, lag, scale) + self.jitter * (lag == 0).to(lag)
+        frequency = (-self.log_period).exp()[:, None] if self.periodic else 0.0
+        return gp.correlation(self.kernel, lag, scale, frequency) + self.jitter * (lag == 0).to(lag)
 
     @torch.no_grad()
     def start_from(self, s: Tensor) -> None:
-        """Take the likeliest of a grid of length-scales for each trajectory of s (n, T)."""
-        grid = torch.logspace(0, math.log10(max(2.0, s.shape[1] / 3)), SCALES, dtype=s.dtype)
+        """Take the likeliest of a grid of length-scales for each trajectory of s (n, T), and its strongest period."""
+        samples = s.shape[1]
+        if self.periodic:
+            peaks = [max(gp.spectral_peak(x), 1 / samples) for x in s.cpu().numpy()]
+            self.log_period.copy_(-torch.tensor(peaks, dtype=s.dtype).log())
+        reach = (0.1, 2.0) if self.periodic else (1.0, max(2.0, samples / 3))
+        grid = torch.logspace(math.log10(reach[0]), math.log10(reach[1]), SCALES, dtype=s.dtype)
         values = []
         for scale in grid:
             self.log_length_scale.fill_(math.log(float(scale)))
@@ -44,13 +56,14 @@ class GPPrior(nn.Module):
     def log_prob(self, s: Tensor) -> Tensor:
         if self.kernel in state_space.ORDERS and compiled("matern_filter"):
             return -state_space.negative_log_likelihood(s, self._log_scale(), self.kernel, self.jitter)
-        return -gp.negative_log_likelihood(s, self.column(s.shape[1]))
+        return -gp.negative_log_likelihood(s, self.column(s.shape[-1]))
 
     def _log_scale(self) -> Tensor:
         return self.log_length_scale.clamp(math.log(0.05), math.log(1e6))
 
     def learned(self) -> dict[str, Tensor]:
-        return {"length_scales_": self.log_length_scale.exp()}
+        found = {"length_scales_": self.log_length_scale.exp()}
+        return {**found, "periods_": self.log_period.exp()} if self.periodic else found
 
 
 class GPVAE(VariationalSeparator):
@@ -64,12 +77,15 @@ class GPVAE(VariationalSeparator):
     n_sources, mixing, init, n_init, posterior, beta, warm, mlp_units, block, learning_rate, max_iter, tol,
     random_state, device
         As ARFlowVAE's; init="auto" is SOBI's.
-    kernel: "rbf", "matern12", "matern32" or "matern52"
-        The Matern kernels' likelihood takes O(T) (with numba), where rbf takes O(T^2), past 16,000 samples O(T log T).
+    kernel: "rbf", "matern12", "matern32", "matern52", "periodic" or "periodic12"
+        Of all sources. The Matern kernels' likelihood takes O(T) (with numba), where the others take O(T^2), past
+        16,000 samples O(T log T). The periodic ones are rbf and matern12 on a circle (`gp.correlation`): for sources
+        that all repeat.
     jitter: float
         White part xi of the unit-variance processes.
 
-    Attributes: as ARFlowVAE's, with length_scales_ (n_sources,) in samples instead of ar_coef_ and innovation_std_.
+    Attributes: as ARFlowVAE's, with length_scales_ (n_sources,) in samples instead of ar_coef_ and innovation_std_;
+    with a periodic kernel they are shares of periods_ (n_sources,) in samples.
     """
 
     def __init__(
@@ -111,7 +127,7 @@ class GPVAE(VariationalSeparator):
 
     def _check_options(self) -> None:
         super()._check_options()
-        choose("kernel", self.kernel, tuple(gp.ENVELOPES))
+        choose("kernel", self.kernel, gp.KERNELS)
         positive("jitter", self.jitter, zero=True)
 
     def _prior(self, sources: int) -> SourcePrior:

@@ -8,6 +8,7 @@ gradients.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -28,7 +29,11 @@ NOISE_THAT_COUNTS = 1e-3  # of a source's power: with less the mixing is left as
 
 @dataclass(frozen=True)
 class Posterior:
-    """mean, std (T, n); mixing (m, n), refined or not; processes of the sources; noise variance per channel."""
+    """mean, std (T, n); mixing (m, n), refined or not; processes of the sources; noise variance per channel.
+
+    noisy: Was noise found that counts? Without it std is far below the error, all of which is that of the mixing.
+    rival: the number of the rival mixing taken, None for the first.
+    """
 
     mean: Array
     std: Array
@@ -36,15 +41,22 @@ class Posterior:
     processes: tuple[gp.Process, ...]
     noise: float
     refined: bool
+    noisy: bool
+    rival: int | None = None
 
 
-def gaussian_posterior(X: Array, mixing: Array, *, refine: bool = True, kernels: tuple[str, ...] = ()) -> Posterior:
+def gaussian_posterior(
+    X: Array, mixing: Array, *, rivals: Sequence[Array] = (), refine: bool = True, kernels: tuple[str, ...] = ()
+) -> Posterior:
     """Fit processes and noise to the centred recording X (T, m) mixed by A (m, n), and smooth.
 
+    rivals: other mixings (m, n), taken instead where the recording is likelier under their processes.
     refine: under noise, also take the mixing that makes the recording likeliest (separation that ignores noise is
     biased by it). Without noise, mean is the unmixed X.
     """
-    noise, processes = noise_and_processes(X, mixing, kernels)
+    fits = [(A, *noise_and_processes(X, A, kernels)) for A in (mixing, *rivals)]
+    best = int(np.argmin([_misfit(X, *fit) for fit in fits])) if rivals else 0
+    mixing, noise, processes = fits[best]
     refined = False
     for done in range(ROUNDS if refine else 0):
         if not _counts(noise, mixing, processes):
@@ -55,11 +67,17 @@ def gaussian_posterior(X: Array, mixing: Array, *, refine: bool = True, kernels:
         if change < SMALL_CHANGE:
             break
     mean, std = smooth(X, mixing, processes, noise)
-    if _counts(noise, mixing, processes):
+    noisy = _counts(noise, mixing, processes)
+    if noisy:
         passed = _passed(mean, np.diag(_unmixed_noise(mixing, noise)), processes)
         leaked = np.einsum("jtk,jkl,jtl->tj", passed, leakage(X, mixing, processes, noise), passed)
         std = np.sqrt(std**2 + leaked)
-    return Posterior(mean, std, mixing, processes, noise, refined)
+    return Posterior(mean, std, mixing, processes, noise, refined, noisy, best - 1 if best else None)
+
+
+def _misfit(X: Array, mixing: Array, noise: float, processes: tuple[gp.Process, ...]) -> float:
+    """Of the recording under a mixing and its processes: negative log-likelihood but for a constant."""
+    return float(_Spectra.of(X, processes, noise).negative_log_likelihood(torch.from_numpy(mixing)))
 
 
 def smooth(X: Array, mixing: Array, processes: tuple[gp.Process, ...], noise: float) -> tuple[Array, Array]:

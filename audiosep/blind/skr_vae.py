@@ -9,7 +9,9 @@ model the correlations among the points of each latent dimension, without invert
 
 with l, rho, v learned per source; without the jitter xi smooth sources drive v to 0, and the sources apart. The sample
 itself is left out: included, l -> 0 would explain everything. The product over t is a pseudo-likelihood, no density, so
-that `elbo_` compares nothing and no starts are chosen by it.
+that `elbo_` compares nothing and no starts are chosen by it. Under noise it can prefer wrong sources, far from the
+start. So posterior="gp" weighs the mixing learned against that of the start by the likelihood of the recording under
+the fitted processes, and takes the likelier (`start_kept_`).
 All m_t take one FFT, O(T log T).
 """
 
@@ -18,10 +20,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from audiosep.blind.base import positive
+from audiosep.blind.base import Array, positive
 from audiosep.blind.vae import SourcePrior, VariationalSeparator
 
 SCALES = (1.0, 2.0, 5.0, 15.0, 50.0)  # bandwidths that a fit starts from, in samples
@@ -38,8 +42,8 @@ class KernelRegressionPrior(nn.Module):
         self.rho = nn.Parameter(torch.ones(sources))
 
     def regression(self, s: Tensor) -> Tensor:
-        """m_t of each trajectory: (n, T) -> (n, T)."""
-        samples = s.shape[1]
+        """m_t of each trajectory: (..., n, T) -> (..., n, T)."""
+        samples = s.shape[-1]
         lag = torch.arange(1, samples, dtype=s.dtype, device=s.device)
         scale = self.log_bandwidth.clamp(math.log(0.3), math.log(1e6)).exp()[:, None]
         kernel = torch.exp(-0.5 * (lag / scale) ** 2)  # (n, T - 1), lags 1..T-1
@@ -65,7 +69,7 @@ class KernelRegressionPrior(nn.Module):
     def log_prob(self, s: Tensor) -> Tensor:
         variance = self.log_variance.exp()[:, None] + self.jitter
         error = s - self.rho[:, None] * self.regression(s)
-        return -0.5 * (error.square() / variance + (2 * math.pi * variance).log()).sum(1)
+        return -0.5 * (error.square() / variance + (2 * math.pi * variance).log()).sum(-1)
 
     def learned(self) -> dict[str, Tensor]:
         return {"length_scales_": self.log_bandwidth.exp(), "rho_": self.rho, "variance_": self.log_variance.exp()}
@@ -82,7 +86,8 @@ class SKRVAE(VariationalSeparator):
         Least variance xi of a unit-variance source given its neighbours.
 
     Attributes: as ARFlowVAE's, with length_scales_ (samples), rho_, variance_ (n_sources,) instead of ar_coef_ and
-    innovation_std_; elbo_ is a pseudo-likelihood's, and compares nothing.
+    innovation_std_; elbo_ is a pseudo-likelihood's, and compares nothing. start_kept_: whether posterior="gp" found the
+    start's mixing likelier than the learned one; length_scales_ and traces_ are those of the learned one all the same.
     """
 
     def __init__(
@@ -121,6 +126,18 @@ class SKRVAE(VariationalSeparator):
     def _check_options(self) -> None:
         super()._check_options()
         positive("jitter", self.jitter, zero=True)
+
+    @property
+    def start_kept_(self) -> bool:
+        """Was the start's mixing likelier than the learned one?"""
+        return self._rival is not None
+
+    def _rivals(self) -> list[Array]:
+        """The mixing of the start, its sources in the order and of the signs of the learned ones."""
+        start = self._whitening.inverse @ self._begun.T
+        learned = np.linalg.pinv(start) @ self.mixing_
+        _, order = linear_sum_assignment(-np.abs(learned).T)
+        return [start[:, order] * np.sign(learned[order, range(len(order))])]
 
     def _prior(self, sources: int) -> SourcePrior:
         return KernelRegressionPrior(sources, self.jitter)

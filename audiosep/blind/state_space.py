@@ -100,27 +100,31 @@ class _NegativeLogLikelihood(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, s: Tensor, log_scale: Tensor, kernel: str, noise: float) -> Tensor:
         signals = s.detach().cpu().double().numpy()
-        values, by_signal, by_scale = np.empty(len(s)), np.empty_like(signals), np.empty(len(s))
+        values, by_scale = np.empty(s.shape[:-1]), np.empty(s.shape[:-1])
+        by_signal = np.empty_like(signals)
 
-        def at(i: int, log: float) -> StateSpace:
-            return StateSpace.of(kernel, float(np.exp(log)), 1.0, noise, signals.shape[1])
+        def at(log: float) -> StateSpace:
+            return StateSpace.of(kernel, float(np.exp(log)), 1.0, noise, signals.shape[-1])
 
         for i, log in enumerate(log_scale.detach().cpu().double().tolist()):
-            here = at(i, log)
-            values[i], by_signal[i] = here.negative_log_likelihood(signals[i]), here.solve(signals[i])
-            up, down = (at(i, log + h).negative_log_likelihood(signals[i]) for h in (STEP, -STEP))
-            by_scale[i] = (up - down) / (2 * STEP)
+            here, up, down = (at(log + h) for h in (0.0, STEP, -STEP))
+            for k in np.ndindex(s.shape[:-2]):
+                signal = signals[(*k, i)]
+                values[(*k, i)], by_signal[(*k, i)] = here.negative_log_likelihood(signal), here.solve(signal)
+                rise = up.negative_log_likelihood(signal) - down.negative_log_likelihood(signal)
+                by_scale[(*k, i)] = rise / (2 * STEP)
         ctx.save_for_backward(torch.from_numpy(by_signal).to(s), torch.from_numpy(by_scale).to(log_scale))
         return torch.from_numpy(values).to(s)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         by_signal, by_scale = ctx.saved_tensors
-        return grads[0][:, None] * by_signal, grads[0] * by_scale, None, None
+        by_log_scale = (grads[0] * by_scale).reshape(-1, by_scale.shape[-1]).sum(0)
+        return grads[0][..., None] * by_signal, by_log_scale, None, None
 
 
 def negative_log_likelihood(s: Tensor, log_scale: Tensor, kernel: str, noise: float) -> Tensor:
-    """-log N(s; 0, K + noise I) of sources s (n, T) under unit-variance Matern kernels: (n,).
+    """-log N(s; 0, K + noise I) of sources s (..., n, T) under unit-variance Matern kernels: (..., n).
 
     Differentiable in s, exactly, and in the logarithms of the length-scales (n,), by a central difference of the exact
     likelihood (to some 8 digits). On the CPU, whatever the tensors' device.

@@ -30,11 +30,21 @@ from audiosep.blind import gp, posterior
 from audiosep.blind.base import Array, choose, positive
 from audiosep.blind.bent import Map, fitted
 from audiosep.blind.gp_vae import GPPrior
-from audiosep.blind.vae import LearnedSeparator, Turn, check_finite, double_precision, whiten_safely
+from audiosep.blind.one_cycle import OneCycle
+from audiosep.blind.vae import (
+    LearnedSeparator,
+    Turn,
+    check_block,
+    check_finite,
+    double_precision,
+    random_stretch,
+    whiten_safely,
+)
 
 START_STD = 0.01  # of the diffusion's learned start
 LEAST_NOISE = 0.002  # nu of a recording without noise: with less the rotation of the start hardly moves
 RANDOM_NOISE, RANDOM_ANNEAL = 0.05, 20.0  # nu from a random start, and how many times it begins at
+ALL = slice(None)
 BETA_FIRST, BETA_LAST = 1e-4, 0.2  # of the schedule: abar_L stays above 0.1, so that x0 does not explode at first
 
 
@@ -71,9 +81,10 @@ class Diffusion(nn.Module):
         self.mean = nn.Parameter(self.abar[-1].sqrt() * start)
         self.log_std = nn.Parameter(torch.full_like(start, math.log(START_STD)))
 
-    def draw(self) -> Tensor:
-        """z of eq. 9: (n, T)."""
-        return self.mean + self.log_std.exp() * torch.randn_like(self.mean)
+    def draw(self, part: slice = ALL) -> Tensor:
+        """z of eq. 9, or a stretch of it: (n, T)."""
+        mean = self.mean[:, part]
+        return mean + self.log_std[:, part].exp() * torch.randn_like(mean)
 
     def path(self, z: Tensor) -> list[Tensor]:
         """x_L, ..., x_0 by eqs. 13 and 14: L + 1 times (n, T)."""
@@ -92,9 +103,15 @@ class Diffusion(nn.Module):
         noised = self.abar[step].sqrt() * s + (1 - self.abar[step]).sqrt() * noise
         return (self.networks(noised, step.to(s) / self.steps) - noise).square().mean()
 
-    def divergence(self) -> Tensor:
+    def divergence(self, part: slice = ALL) -> Tensor:
         """Eq. 30."""
-        return 0.5 * (self.mean.square() + (2 * self.log_std).exp() - 1 - 2 * self.log_std).sum()
+        mean, log_std = self.mean[:, part], self.log_std[:, part]
+        return 0.5 * (mean.square() + (2 * log_std).exp() - 1 - 2 * log_std).sum()
+
+    @torch.no_grad()
+    def mean_sources(self) -> Tensor:
+        """The sources (T, n) of the start's mean."""
+        return self.path(self.mean)[-1].T
 
 
 class StrADiff(LearnedSeparator):
@@ -112,7 +129,7 @@ class StrADiff(LearnedSeparator):
         What sources_ and sources_std_ are: the posterior under Gaussian processes fitted to the sources, or the mean
         and deviation over draws of the diffusion's start (which is no measure of the error). "gp" also refines the
         mixing, as ARFlowVAE's does.
-    kernel: "rbf", "matern12", "matern32" or "matern52"
+    kernel: "rbf", "matern12", "matern32", "matern52", "periodic" or "periodic12"; as GPVAE's
     jitter: the white part xi of its unit variance (eq. 18).
     noise: float or None
         nu; None takes the noise found in the start's sources, and at least 0.002.
@@ -126,6 +143,9 @@ class StrADiff(LearnedSeparator):
         Draws of the native mean and deviation.
     snapshots: sequence of int
         Iterations at which the diffusion's path is kept, besides the last.
+    block: int or None
+        Samples seen in one iteration, a stretch anywhere in a longer recording; None sees all. Each sample's start is
+        learned, so that a long recording wants more iterations; or fit a part of it, see `separate_in_blocks`.
     learning_rate: float
         Of the start, mixing and length-scales; a tenth of it for the networks.
     max_iter, tol, random_state, device
@@ -134,11 +154,12 @@ class StrADiff(LearnedSeparator):
     Attributes
     ----------
     sources_, sources_std_ (n_samples, n_sources); mixing_ (n_channels, n_sources; the best linear one for "mlp"); mean_
-    length_scales_ (n_sources,) in samples
+    length_scales_ (n_sources,) in samples; with a periodic kernel shares of periods_ (n_sources,)
     traces_: theirs, and the loss terms "reconstruction_", "prior_", "diffusion_", "kl_"
     paths_: iteration -> (L + 1, n_samples, n_sources), from x_L to x_0
     loss_curve_, elbo_ (the loss's first two terms, negated: no bound, as draws have no density), n_iter_
     noise_: noise variance per channel and processes_: the fitted processes, with posterior="gp".
+    bands_hold_: whether sources_std_ is the size of the error; as ARFlowVAE's, FAR TOO SMALL without noise.
     """
 
     paths_: dict[int, Array]
@@ -161,6 +182,7 @@ class StrADiff(LearnedSeparator):
         hidden: int = 32,
         mlp_units: int = 32,
         draws: int = 64,
+        block: int | None = 20000,
         snapshots: Sequence[int] = (),
         learning_rate: float = 1e-2,
         max_iter: int = 300,
@@ -182,6 +204,7 @@ class StrADiff(LearnedSeparator):
         self.hidden = hidden
         self.mlp_units = mlp_units
         self.draws = draws
+        self.block = block
         self.snapshots = snapshots
         self.learning_rate = learning_rate
         self.max_iter = max_iter
@@ -191,11 +214,12 @@ class StrADiff(LearnedSeparator):
 
     def _check_options(self) -> None:
         super()._check_options()
-        choose("kernel", self.kernel, tuple(gp.ENVELOPES))
+        choose("kernel", self.kernel, gp.KERNELS)
         for name in ("steps", "hidden", "draws"):
             positive(name, getattr(self, name), whole=True)
         for name in ("jitter", "lambda_prior", "lambda_diff", "lambda_kl"):
             positive(name, getattr(self, name), zero=True)
+        check_block(self.block)
         if self.noise is not None:
             positive("noise", self.noise)
 
@@ -274,45 +298,41 @@ class StrADiff(LearnedSeparator):
         rate = self.learning_rate
         slow = [*diffusion.networks.parameters(), *([] if decoder.bend is None else decoder.bend.parameters())]
         fast = [diffusion.mean, diffusion.log_std, decoder.weight, *prior.parameters()]
-        optimiser = torch.optim.Adam([{"params": fast, "lr": rate}, {"params": slow, "lr": rate / 10}])
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimiser, max_lr=[rate, rate / 10], total_steps=self.max_iter + 1
-        )
+        optimiser = OneCycle([(fast, rate), (slow, rate / 10)], self.max_iter)
         names = ("reconstruction_", "prior_", "diffusion_", "kl_")
-        curve, terms, scales = [], [], []
+        curve, terms, learned = [], [], []
         self.paths_ = {}
         turn = Turn(self.max_iter)
         for step in range(self.max_iter):
             if step in self.snapshots:
                 self._keep_path(step, diffusion)
-            turn.watch(step, float(schedule.get_last_lr()[0]), lambda: diffusion.path(diffusion.mean)[-1].T)
+            turn.watch(step, optimiser.rate, diffusion.mean_sources)
             level = nu * anneal ** max(0.0, 1 - 2 * step / self.max_iter)
-            s = diffusion.path(diffusion.draw())[-1].double()
+            part = random_stretch(len(z), self.block)
+            s = diffusion.path(diffusion.draw(part))[-1].double()
             parts = (
-                (z - decoder(s.T)).square().sum() / (2 * level),
+                (z[part] - decoder(s.T)).square().sum() / (2 * level),
                 -self.lambda_prior * prior.log_prob(s).sum(),
                 self.lambda_diff * diffusion.denoising_loss(s.float()).double(),
-                self.lambda_kl * diffusion.divergence().double(),
+                self.lambda_kl * diffusion.divergence(part).double(),
             )
             loss = torch.stack(parts).sum()
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-            schedule.step()
+            optimiser.step(loss)
             if self.mixing == "linear":
                 with torch.no_grad():
                     decoder.weight.div_(decoder.weight.norm(dim=0))
             curve.append(loss.detach())
             self._tell(step + 1, loss)
             terms.append(torch.stack(parts).detach())
-            scales.append(prior.learned()["length_scales_"].detach().clone())
+            learned.append({name: value.detach().clone() for name, value in prior.learned().items()})
         self.loss_curve_ = torch.stack(curve).cpu().numpy()
         columns = torch.stack(terms).cpu().numpy().T
-        self.traces_ = {"length_scales_": torch.stack(scales).cpu().numpy(), **dict(zip(names, columns))}
-        self.elbo_ = -float(self.traces_["reconstruction_"][-1] + self.traces_["prior_"][-1])
+        self.traces_ = {name: torch.stack([t[name] for t in learned]).cpu().numpy() for name in learned[0]}
+        self.traces_ |= dict(zip(names, columns))
+        self.elbo_ = -float(columns[0][-1] + columns[1][-1]) * len(z) / len(z[part])
         self.n_iter_ = self.max_iter
         check_finite(self.loss_curve_)
-        turn.end(diffusion.path(diffusion.mean)[-1].T)
+        turn.end(diffusion.mean_sources())
         return turn
 
     @torch.no_grad()
@@ -325,15 +345,16 @@ class StrADiff(LearnedSeparator):
         self._keep_path(self.max_iter, diffusion)
         native, std = _moments(diffusion, self.draws)
         self.mean_, self._whitening = whitening.mean, whitening
-        self._decoder, self._networks = decoder.cpu(), diffusion.networks.cpu()
+        self._decoder, self._networks, self._prior = decoder.cpu(), diffusion.networks.cpu(), prior.cpu()
         self._encoder, self._refined = None, False
         if self._refines(z):
             self._refine_bent(self._regression(z.cpu(), native), z.cpu())
             assert self._encoder is not None
             native = self._encoder(z.cpu()).numpy()
         self._set_sources(X, native, std, self._native_mixing(X, native))
-        self.length_scales_ = prior.learned()["length_scales_"].cpu().numpy()[self._order]
-        self.traces_["length_scales_"] = self.traces_["length_scales_"][:, self._order]
+        for name, value in prior.learned().items():
+            setattr(self, name, value.cpu().numpy()[self._order])
+            self.traces_[name] = self.traces_[name][:, self._order]
         self.paths_ = {step: self._normalised(path) for step, path in self.paths_.items()}
 
     def _regression(self, z: Tensor, sources: Array) -> Map:
@@ -350,13 +371,9 @@ class StrADiff(LearnedSeparator):
         device = self._torch_device()
         z = torch.from_numpy(X @ self._whitening.matrix.T).to(device)
         decoder, networks = copy.deepcopy(self._decoder).to(device), copy.deepcopy(self._networks).to(device)
-        with double_precision():
-            prior = GPPrior(self.n_sources_, self.kernel, self.jitter).to(device)
+        prior = copy.deepcopy(self._prior).to(device)
         start = z @ torch.linalg.pinv(decoder.weight.detach()).T
         diffusion = Diffusion(start.T.float(), self.steps, networks).to(device)
-        back = np.argsort(self._order)
-        with torch.no_grad():
-            prior.log_length_scale.copy_(torch.from_numpy(self.length_scales_[back]).log())
         optimiser = torch.optim.Adam([diffusion.mean], lr=self.learning_rate)
         for _ in range(self.max_iter):
             s = diffusion.path(diffusion.mean)[-1].double()

@@ -62,31 +62,39 @@ class Inverse:
         return alpha + self._apply(s - multiply(self.column, alpha))  # one refinement: rounding of the differences
 
     def _apply(self, s: Array) -> Array:
-        n = next_fast_len(2 * s.shape[-1], real=True)
+        samples, n = s.shape[-1], self._size
+        by_x, by_y = self._transforms
+        seen = rfft(s, n)
+        upper = irfft(np.stack([np.conj(by_x) * seen, np.conj(by_y) * seen]), n)[..., :samples]  # L(x)^T s, L(y)^T s
+        of_x, of_y = rfft(upper, n)
+        return irfft(by_x * of_x - by_y * of_y, n)[..., :samples] / self.x[0]
 
-        def lower(f: Array, v: Array) -> Array:
-            return irfft(f * rfft(v, n), n)[..., : s.shape[-1]]
-
-        def upper(f: Array, v: Array) -> Array:
-            return lower(f, v[..., ::-1])[..., ::-1]
-
-        fx, fy = rfft(self.x, n), rfft(self._y, n)
-        return (lower(fx, upper(fx, s)) - lower(fy, upper(fy, s))) / self.x[0]
+    @property
+    def _size(self) -> int:
+        return next_fast_len(2 * len(self.x), real=True)
 
     @cached_property
-    def _y(self) -> Array:
-        return np.r_[0.0, self.x[:0:-1]]
+    def _pair(self) -> Array:
+        """x and y: (2, T)."""
+        return np.stack([self.x, np.r_[0.0, self.x[:0:-1]]])
+
+    @cached_property
+    def _transforms(self) -> NDArray[np.complex128]:
+        return rfft(self._pair, self._size)
 
     @cached_property
     def diagonal_sums(self) -> Array:
         """Sum of the k-th diagonal of K^-1 for k = 0..T-1: (T,). The first is the trace."""
-        weights = np.arange(len(self.x), 0, -1)
-        return (correlate(self.x, weights * self.x) - correlate(self._y, weights * self._y)) / self.x[0]
+        samples, n = len(self.x), self._size
+        weighted = rfft(np.arange(samples, 0, -1) * self._pair, n)
+        of_x, of_y = np.conj(self._transforms) * weighted
+        return irfft(of_x - of_y, n)[:samples] / self.x[0]
 
     @cached_property
     def diagonal(self) -> Array:
         """The diagonal of K^-1: (T,)."""
-        return np.cumsum(self.x**2 - self._y**2) / self.x[0]
+        x, y = self._pair
+        return np.cumsum(x**2 - y**2) / self.x[0]
 
 
 def correlate(a: Array, b: Array) -> Array:

@@ -37,15 +37,20 @@ from audiosep.blind.base import (
 )
 from audiosep.blind.bent import Map
 from audiosep.blind.classical import SOBI, FastICA
+from audiosep.blind.one_cycle import OneCycle
 from audiosep.errors import UsageError
 
 INITS = ("auto", "sobi", "fastica", "random")
 PILOT_STEPS = 100  # of the prior alone, to compare the starts
+UNBANDED = (
+    "sources_std_ is far too small to be the error: no noise was found that can be told from the sources, or the "
+    "mixing is bent, and the error of the unmixing is not in it (more channels than sources would tell noise)"
+)
 REFINED_TOL = 0.5  # as `tol`, where the last step refines the mixing itself and needs only a start
 
 
 class SourcePrior(Protocol):
-    """What a prior must offer besides being a torch module."""
+    """What a prior of n sources must offer besides being a torch module: log_prob is (..., n, T) -> (..., n)."""
 
     def start_from(self, s: Tensor) -> None: ...
     def log_prob(self, s: Tensor) -> Tensor: ...
@@ -76,6 +81,7 @@ class LearnedSeparator(InstantaneousSeparator):
     _decoder: Map
     _refined: bool  # Is the mixing no more the native one?
     processes_: tuple[Any, ...] | None
+    bands_hold_: bool  # Does sources_std_ say how large the error is?
     elbo_: float
     noise_: float
 
@@ -140,7 +146,8 @@ class LearnedSeparator(InstantaneousSeparator):
         self.mixing_ = (mixing * scale)[:, order] * signs
         self.sources_ = self._normalised(sources)
         self.sources_std_ = std[:, order] / self._scale
-        self.processes_, self.noise_ = None, float("nan")
+        self.processes_, self.noise_, self.bands_hold_ = None, float("nan"), False
+        self._rival: int | None = None
         if self.posterior == "gp":
             self._smooth_fitted(X - self.mean_)
 
@@ -151,8 +158,8 @@ class LearnedSeparator(InstantaneousSeparator):
     def _smooth_fitted(self, X: Array) -> None:
         """Replace sources_ and sources_std_ by the exact posterior of Gaussian processes fitted to the sources."""
         if self.mixing == "linear":
-            found = posterior.gaussian_posterior(X, self.mixing_)
-            self._refined = found.refined
+            found = posterior.gaussian_posterior(X, self.mixing_, rivals=self._rivals())
+            self._refined, self._rival = found.refined, found.rival
             self.mixing_ = found.mixing
         else:
             # The bent mixing is undone already; its best linear stand-in says how noise comes through.
@@ -160,12 +167,13 @@ class LearnedSeparator(InstantaneousSeparator):
             found = posterior.gaussian_posterior(self.sources_ @ square.T, square, refine=False)
         self.processes_, self.noise_ = found.processes, found.noise
         self.sources_, self.sources_std_ = found.mean, found.std
-        if found.noise == 0 and (self.mixing == "mlp" or X.shape[1] == self.n_sources_):
-            warnings.warn(
-                "noise, if there is any, can't be told from the sources: sources_std_ is a lower bound "
-                "(fewer sources than channels would tell)",
-                stacklevel=4,
-            )
+        self.bands_hold_ = found.noisy and self.mixing == "linear"
+        if not self.bands_hold_:
+            warnings.warn(UNBANDED, stacklevel=4)
+
+    def _rivals(self) -> list[Array]:
+        """Mixings (m, n) that the final posterior weighs against mixing_."""
+        return []
 
     def _smoothed(self, X: Array, native: Array) -> tuple[Array, Array]:
         """Mean and deviation (T, n) of the sources of another centred recording."""
@@ -239,9 +247,7 @@ class _Fit:
     curve: Array = field(default_factory=lambda: np.empty(0))
     traces: dict[str, Array] = field(default_factory=dict)
     turn: Turn = field(default_factory=lambda: Turn(1))
-
-    def parameters(self) -> list[nn.Parameter]:
-        return [self.log_q, *self.prior.parameters(), *self.encoder.parameters(), *self.decoder.parameters()]
+    begun: Array = field(default_factory=lambda: np.empty(0))  # the rotation (n, p) that the encoder began as
 
     def entropy(self, samples: int) -> Tensor:
         """Of q over that many samples."""
@@ -263,8 +269,7 @@ class VariationalSeparator(LearnedSeparator):
         beta, warm = self._levels()
         positive("beta", beta)
         positive("warm", warm)
-        if self.block is not None and (not isinstance(self.block, int | np.integer) or self.block < 2):
-            raise UsageError(f"block is a number of samples or None, got {self.block!r}")
+        check_block(self.block)
 
     def _prior(self, sources: int) -> SourcePrior:
         raise NotImplementedError
@@ -285,6 +290,7 @@ class VariationalSeparator(LearnedSeparator):
         fits = [self._fit_from(start, z, Z, rng) for start in range(self.n_init)]
         best = max(fits, key=lambda f: f.elbo if math.isfinite(f.elbo) else -math.inf)
         self.elbo_, self.init_, self.loss_curve_, self.traces_ = best.elbo, best.init, best.curve, best.traces
+        self._begun = best.begun
         self.n_iter_ = self.max_iter
         check_finite(self.loss_curve_)
         self._finish(X, z, whitening, best)
@@ -301,6 +307,7 @@ class VariationalSeparator(LearnedSeparator):
             decoder = Map(rotation.T.to(z.device), self.mixing, self.mlp_units).to(z.device)
         log_q = torch.full((self.n_sources_,), math.log(beta / 2), dtype=torch.float64, device=z.device)
         fit = _Fit(encoder, decoder, prior, nn.Parameter(log_q), name, beta, warm)
+        fit.begun = rotation.numpy()
         self._optimise(z, fit, start)
         fit.elbo = self._elbo(z, fit)
         return fit
@@ -341,21 +348,16 @@ class VariationalSeparator(LearnedSeparator):
         return best[2], best[3], best[1]
 
     def _optimise(self, z: Tensor, fit: _Fit, start: int) -> None:
-        parameters = fit.parameters()
         rates = [self.learning_rate, self.learning_rate * (0.3 if self.mixing == "mlp" else 1.0)]
         nets = [*fit.encoder.parameters(), *fit.decoder.parameters()]
-        optimiser = torch.optim.Adam([{"params": [fit.log_q, *fit.prior.parameters()]}, {"params": nets}])
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=rates, total_steps=self.max_iter + 1)
+        groups = zip(([fit.log_q, *fit.prior.parameters()], nets), rates)
+        optimiser = OneCycle(groups, self.max_iter, clip=10.0)
         curve, traces = [], []
         fit.turn = Turn(self.max_iter)
         for step in range(self.max_iter):
-            fit.turn.watch(step, float(schedule.get_last_lr()[0]), lambda: fit.encoder(z))
+            fit.turn.watch(step, optimiser.rate, lambda: fit.encoder(z))
             loss = self._loss(z, fit, self._beta_at(step, fit))
-            optimiser.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 10.0)
-            optimiser.step()
-            schedule.step()
+            optimiser.step(loss)
             curve.append(loss.detach())
             self._tell(start * self.max_iter + step + 1, loss)
             learned = {**fit.prior.learned(), "q_": fit.log_q.exp()}
@@ -373,19 +375,14 @@ class VariationalSeparator(LearnedSeparator):
         block = self._block(z)
         mean = fit.encoder(block)
         noise = torch.randn_like(mean) * (0.5 * fit.log_q).exp()
-        entropy = fit.entropy(len(block))
-        losses = []
-        for s in (mean + noise, mean - noise):
-            misfit = (block - fit.decoder(s)).square().mean()
-            losses.append(misfit - beta / block.numel() * (entropy + fit.prior.log_prob(s.T).sum()))
-        return (losses[0] + losses[1]) / 2
+        draws = torch.stack([mean + noise, mean - noise])  # (2, T, n)
+        misfit = (block - fit.decoder(draws)).square().mean()
+        likelihood = fit.prior.log_prob(draws.transpose(1, 2)).sum() / len(draws)
+        return misfit - beta / block.numel() * (fit.entropy(len(block)) + likelihood)
 
     def _block(self, z: Tensor) -> Tensor:
         """A stretch of at most `block` samples, anywhere: priors that forget are learned from parts of a recording."""
-        if self.block is None or len(z) <= self.block:
-            return z
-        begin = int(torch.randint(len(z) - self.block + 1, ()))
-        return z[begin : begin + self.block]
+        return z[random_stretch(len(z), self.block)]
 
     @torch.no_grad()
     def _finish(self, X: Array, z: Tensor, whitening: Whitening, fit: _Fit) -> None:
@@ -443,6 +440,19 @@ class VariationalSeparator(LearnedSeparator):
         return white @ self._whitening.inverse.T + self.mean_
 
 
+def check_block(block: Any) -> None:
+    if block is not None and (not isinstance(block, int | np.integer) or block < 2):
+        raise UsageError(f"block is a number of samples or None, got {block!r}")
+
+
+def random_stretch(samples: int, block: int | None) -> slice:
+    """`block` of so many samples, anywhere; all of them if they are no more."""
+    if block is None or samples <= block:
+        return slice(0, samples)
+    begin = int(torch.randint(samples - block + 1, ()))
+    return slice(begin, begin + block)
+
+
 def check_finite(values: Array) -> None:
     if not np.isfinite(values).all():
         raise UsageError("the fit diverged: lower learning_rate")
@@ -465,7 +475,7 @@ def whiten_safely(X: Array, kept: int) -> Whitening:
 
 def _fit_prior(prior: SourcePrior, s: Tensor) -> float:
     """Fit the prior alone to fixed sources (n, T); its log-likelihood per sample."""
-    optimiser = torch.optim.Adam(prior.parameters(), lr=0.02)
+    optimiser = torch.optim.Adam(prior.parameters(), lr=0.02, fused=True)
     value = torch.zeros(())
     for _ in range(PILOT_STEPS):
         value = -prior.log_prob(s).sum() / s.shape[1]

@@ -1,11 +1,12 @@
 """Score the blind estimators on known mixtures: one command, the tables and the figures.
 
-    python recipes/blind/benchmark.py -o results/blind --seeds 10 --figures
+    python recipes/blind/benchmark.py -o results/blind --figures
 
-Rows (a method, scenario and seed each) go to rows.jsonl as they come, so that an interrupted run goes on where it
-was; table.md has, per method and scenario, the mean and worst matched |correlation|, the mean SI-SDR in dB and how much
-that is above the better of FastICA and SOBI, the share of samples within the 95 % band and the band's mean width (in
-standard deviations of the source), and the CPU seconds of a fit on one thread; then the aims beside what was reached.
+Each method runs on ten seeds; the learned ones, which are slow, on three where no aim of theirs asks for more. Rows (a
+method, scenario and seed each) go to rows.jsonl as they come, so that an interrupted run goes on where it was; table.md
+has, per method and scenario, the mean and worst matched |correlation|, the mean SI-SDR in dB and how much that is above
+the better of FastICA and SOBI, the share of samples within the 95 % band and the band's mean width (in standard
+deviations of the source), and the CPU seconds of a fit on one thread; then the aims beside what was reached.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ import torch
 from sklearn.exceptions import ConvergenceWarning
 
 from audiosep import blind
+from audiosep.blind import gp, posterior
 from audiosep.blind.matching import coverage, mean_correlation, si_sdr
-from audiosep.blind.posterior import gaussian_posterior
 
 NONLINEAR = ("pnl", "mlp_mild", "mlp_strong", "mlp_gp")
 NOISY = ("hetero_20dB", "gp_5x3_10dB")
+LINEAR = tuple(name for name in scenarios.SCENARIOS if name not in NONLINEAR)
 
 
 class Smoothed(blind.SOBI):
@@ -36,7 +38,7 @@ class Smoothed(blind.SOBI):
 
     def _separate(self, X: np.ndarray, rng: np.random.RandomState) -> None:
         super()._separate(X, rng)
-        found = gaussian_posterior(X - self.mean_, self.mixing_)
+        found = posterior.gaussian_posterior(X - self.mean_, self.mixing_)
         self.sources_, self.sources_std_, self.mixing_ = found.mean, found.std, found.mixing
 
 
@@ -76,14 +78,20 @@ AIMS: list[tuple[str, str, tuple[str, ...], float, float]] = [
     *((scenario, f"{BETTER}, best", FOUR, 0.0, np.inf) for scenario in NOISY),
     *((scenario, f"{BETTER}, best", ("AR-Flow",), 0.0, np.inf) for scenario in ("mlp_strong", "pnl")),
     *((scenario, "share in band, all", FOUR, 0.90, 0.98) for scenario in NOISY),
-    ("hetero", "seconds, all", ("AR-Flow",), 0, 3),
-    ("hetero", "seconds, all", ("StrADiff",), 0, 15),
+    *((scenario, "seconds, all", ("AR-Flow",), 0, 3) for scenario in LINEAR),
+    *((scenario, "seconds, all", ("StrADiff",), 0, 15) for scenario in LINEAR),
 ]
 
 
 def options(method: str, scenario: str) -> dict[str, Any]:
     """Of the learned methods: the bent mixing where the mixing is bent."""
     return {"mixing": "mlp", **BENT[method]} if scenario in NONLINEAR and method in BENT else {}
+
+
+def seeds_of(method: str, scenario: str) -> int:
+    """How many seeds a method runs on: fewer of the slow ones where no aim of theirs asks for more than the time."""
+    asked = any(scenario == s and method in methods and "seconds" not in what for s, what, methods, *_ in AIMS)
+    return 10 if asked or method not in BENT else 3
 
 
 def score(method: str, scenario: str, seed: int, samples: int) -> dict[str, Any]:
@@ -105,6 +113,8 @@ def score(method: str, scenario: str, seed: int, samples: int) -> dict[str, Any]
     }
     if hasattr(found, "init_"):
         row["init"] = found.init_
+    if hasattr(found, "start_kept_"):
+        row["start kept"] = found.start_kept_
     if hasattr(found, "sources_std_"):
         row["coverage"] = coverage(found.sources_, found.sources_std_, draw.S)
         row["width"] = float(2 * 1.96 * (found.sources_std_ / found.sources_.std(0)).mean())
@@ -184,7 +194,7 @@ def aims(rows: Iterable[dict[str, Any]]) -> str:
             continue
         misses = {m: least - v if open_above else max(least - v, v - most) for m, v in values.items()}
         by = min(misses, key=misses.__getitem__) if which == "best" else max(misses, key=misses.__getitem__)
-        met = "met" if least <= values[by] <= most else "missed"
+        met = "met" if misses[by] <= 1e-9 else "missed"  # a mean of shares is rounded
         digits = 4 if name == "correlation" else 3
         cells = [scenario, name, f"{which} of {len(values)}", aim, f"{values[by]:.{digits}f}", by, met]
         lines.append(f"| {' | '.join(cells)} |")
@@ -197,12 +207,14 @@ def warm_up() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         blind.ARFlowVAE(3, max_iter=2).fit(X)
+        blind.GPVAE(3, kernel="matern12", max_iter=2).fit(X)
+        posterior.joint_smooth(X, 0.1 * np.eye(3), (gp.Process("matern12", 5.0, 0.0, 1.0, 0.0),) * 3)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--out", type=Path, default=Path("results/blind"))
-    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--seeds", type=int, help="of each method  [default: 10, or 3 of slow ones without an aim]")
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--samples", type=int, default=1000)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="METHOD")
@@ -217,7 +229,8 @@ def main() -> None:
     done = {(r["method"], r["scenario"], r["seed"], r["samples"]) for r in rows}
     for scenario in arguments.scenarios:
         for method in arguments.methods:
-            for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
+            count = arguments.seeds or seeds_of(method, scenario)
+            for seed in range(arguments.first_seed, arguments.first_seed + count):
                 if (method, scenario, seed, arguments.samples) in done:
                     continue
                 rows.append(score(method, scenario, seed, arguments.samples))
