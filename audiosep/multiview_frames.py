@@ -77,6 +77,11 @@ class FramesPrior:
     def __init__(self, frames: Frames, schedule: Schedule) -> None:
         self.frames, self.schedule = frames, schedule
 
+    @property
+    def power(self) -> float:
+        """Mean square of its signals."""
+        return float(self.frames.weights @ self.frames.spectra.mean(1))
+
     def denoise(self, x_t: Tensor, t: Tensor, label: Tensor | None = None, schedule: Schedule | None = None) -> Tensor:
         """Exact E[x_0 | x_t], (B, N)."""
         asked = schedule or self.schedule

@@ -43,6 +43,11 @@ class Denoiser(Protocol):
 
     schedule: Schedule
 
+    @property
+    def power(self) -> float:
+        """Mean square of the source's signals."""
+        ...
+
     def denoise(self, x_t: Tensor, t: Tensor, label: Tensor | None = None, schedule: Schedule | None = None) -> Tensor:
         """Return E[x_0 | x_t] (B, N) for x_t (B, N) at steps t (B,) of `schedule`."""
         ...
@@ -106,6 +111,11 @@ class Prior(nn.Module):
     def sigma_data(self) -> float:
         """Standard deviation of the training signals."""
         return 10 ** (self.level / 20)
+
+    @property
+    def power(self) -> float:
+        """Mean square of the training signals."""
+        return self.sigma_data**2
 
     def checkpoint_activations(self, on: bool) -> bool:
         """Recompute activations in backward passes, or not; returns whether that changed anything."""
@@ -234,6 +244,11 @@ class JointPrior:
     def __len__(self) -> int:
         return len(self.sources)
 
+    @property
+    def power(self) -> list[float]:
+        """Mean square of each source's signals."""
+        return [source.power for source, _ in self.sources]
+
     def denoise(self, x_t: Tensor, t: float, schedule: Schedule) -> Tensor:
         """E[x_0 | x_t] (B, K, N) of all sources (B, K, N) at step t of `schedule`."""
         estimates: list[Tensor] = [x_t] * len(self)
@@ -269,6 +284,12 @@ class GaussianPrior:
     def __init__(self, spectrum: Tensor, schedule: Schedule, sample_rate: int = 16000) -> None:
         self.spectrum, self.schedule, self.sample_rate = spectrum, schedule, sample_rate
 
+    @property
+    def power(self) -> float:
+        """Mean of the spectrum over all N bins."""
+        # All bins but the first, and the last of an even N, stand for two. One bin in N makes no difference.
+        return float((2 * self.spectrum.sum() - self.spectrum[0] - self.spectrum[-1]) / (2 * len(self.spectrum) - 2))
+
     def denoise(self, x_t: Tensor, t: Tensor, label: Tensor | None = None, schedule: Schedule | None = None) -> Tensor:
         """Exact E[x_0 | x_t], (B, N)."""
         asked = schedule or self.schedule
@@ -295,6 +316,11 @@ class NormalPrior:
         values, self.vectors = torch.linalg.eigh(covariance)
         self.values = values.clamp(min=0)
 
+    @property
+    def power(self) -> float:
+        """Mean square of its signals."""
+        return float((self.mean.square() + self.values).mean())
+
     def denoise(self, x_t: Tensor, t: Tensor, label: Tensor | None = None, schedule: Schedule | None = None) -> Tensor:
         """Exact E[x_0 | x_t], (B, N)."""
         asked = schedule or self.schedule
@@ -320,6 +346,11 @@ class MixturePrior:
         self.weights, self.means, self.covariances, self.schedule = weights, means, covariances, schedule
         values, self.vectors = torch.linalg.eigh(covariances)
         self.values = values.clamp(min=0)
+
+    @property
+    def power(self) -> float:
+        """Mean square of its signals."""
+        return float(self.weights @ (self.means.square() + self.values).mean(-1))
 
     def denoise(self, x_t: Tensor, t: Tensor, label: Tensor | None = None, schedule: Schedule | None = None) -> Tensor:
         """Exact E[x_0 | x_t], (B, N)."""
