@@ -240,10 +240,14 @@ def check(views: Sequence[View], sources: Sequence[Source], stages: Sequence[Sta
                 f"view {view.name!r}: noise of shape {tuple(noise.shape)} does not fit recordings of shape "
                 f"{tuple(view.y.shape[1:])}"
             )
-        if not (noise > 0).all():
+        if not len(view.y):
+            raise UsageError(f"view {view.name!r} holds no recording")
+        if view.y.isnan().all():
+            raise UsageError(f"view {view.name!r} holds nothing but NaN: nothing was observed in it")
+        if not ((noise > 0) & noise.isfinite()).all():
             raise UsageError(
-                f"view {view.name!r}: the noise has to be above 0 everywhere; where there is none, take a thousandth "
-                "of the mixture's level"
+                f"view {view.name!r}: the noise has to be finite and above 0 everywhere; where there is none, take "
+                "a thousandth of the mixture's level"
             )
         if view.y.isinf().any():
             raise UsageError(f"view {view.name!r} holds infinite numbers; mark what was not observed as NaN")
@@ -624,10 +628,24 @@ class _State:
         other = [key for key in about if held.get(key) != now[key]]
         if other:
             raise UsageError(f"{folder} holds another run, with different {', '.join(other)}; choose another folder")
+        self._check_laps(stages)
         changed = [key for key in loose if held.get(key) != now[key]]
         if changed:
             log.warning("%s: finished laps are kept, the others are done with a new %s", folder, ", ".join(changed))
         path.write_text(json.dumps(now, indent=2) + "\n")
+
+    def _check_laps(self, stages: Sequence[Stage]) -> None:
+        """UsageError where finished laps are not the first ones of the stages as they are asked for."""
+        path = self.folder / LOG
+        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        done = {row["stage"]: row["lap"] for row in rows}
+        for number, laps in done.items():
+            asked = stages[number].laps
+            if laps > asked or (laps < asked and number < max(done)):
+                raise UsageError(
+                    f"{self.folder} holds {laps} laps of stage {number + 1} ({', '.join(stages[number].learn)}), asked "
+                    f"for are {asked}: all after it was learned from those; ask for {laps}, or choose another folder"
+                )
 
     def starts(self, views: Sequence[View], sources: Sequence[Source], stages: Sequence[Stage]) -> dict[str, Start]:
         """What the sources start as, fitted once."""

@@ -19,7 +19,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from audiosep.errors import UsageError
+
 Index = slice | Tensor
+
+
+def _checked(matrix: Tensor, shape: str) -> Tensor:
+    """A matrix of the shape or, with the items' axis in front, of one more axis."""
+    axes = shape.count(",") + 1
+    if matrix.ndim not in (axes, axes + 1):
+        raise UsageError(f"the mixing has shape ({shape}) or (B, {shape}), got {tuple(matrix.shape)}")
+    return matrix
 
 
 class Operator:
@@ -49,7 +59,7 @@ class Mixing(Operator):
     """y_c = sum_k A_ck x_k: gains, or microphones without delays; A (C, K) or (B, C, K), y (B, C, N)."""
 
     def __init__(self, matrix: Tensor) -> None:
-        super().__init__(matrix.shape[-1])
+        super().__init__(_checked(matrix, "C, K").shape[-1])
         self.matrix = matrix
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -66,7 +76,7 @@ class Matrix(Operator):
     """y = sum_k A_k x_k with a matrix per source, A (K, M, N) or (B, K, M, N), y (B, M)."""
 
     def __init__(self, matrix: Tensor) -> None:
-        super().__init__(matrix.shape[-3])
+        super().__init__(_checked(matrix, "K, M, N").shape[-3])
         self.matrix = matrix
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -243,3 +243,15 @@ def test_sum_of_audio_sources_is_shared_out_exactly(gaussian):
     mean, variance = gaussian.posterior()
     scatter = (variance.sum() * 2 * 2 / 8).sqrt() / mean.norm()
     assert (x.double().mean(0) - mean).norm() / mean.norm() < 1.15 * scatter
+
+
+def test_a_mixing_of_the_wrong_shape_is_refused():
+    with pytest.raises(UsageError, match=r"\(C, K\).*got \(3,\)"):
+        Mixing(torch.ones(3))
+    with pytest.raises(UsageError, match=r"\(K, M, N\).*got \(3, 5\)"):
+        Matrix(torch.ones(3, 5))
+    two = JointPrior([(NormalPrior(torch.zeros(5), torch.eye(5), ve(4, 1e-3, 10.0)), None)] * 2)
+    with pytest.raises(UsageError, match="for 3 sources, there are 2 priors"):
+        ExactMomentMatching(two, operator=torch.ones(2, 3))
+    with pytest.raises(UsageError, match="above 0"):
+        ExactMomentMatching(two, operator=torch.ones(2, 2), noise=-0.1)

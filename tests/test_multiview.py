@@ -340,6 +340,30 @@ def tiny(laps=2, max_steps=60, **options):
     return contrastive(200), [source("a"), source("b")], stages, plan
 
 
+def test_finished_laps_are_not_passed_over(tmp_path):
+    views, sources, stages, plan = tiny(laps=1, max_steps=2)
+    list(learn(views, sources, stages, plan, tmp_path))
+    held = (tmp_path / "run.json").read_text()
+    for laps in (0, 2):  # the second stage was learned from what one lap of the first had left
+        with pytest.raises(UsageError, match=rf"holds 1 laps of stage 1 \(a\), asked for are {laps}"):
+            list(learn(*tiny(laps=laps, max_steps=2), tmp_path))
+    assert (tmp_path / "run.json").read_text() == held
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"y": torch.full((4, 3), torch.nan)}, "nothing but NaN"),
+        ({"y": torch.zeros(0, 3)}, "no recording"),
+        ({"noise": torch.inf}, "finite and above 0"),
+    ],
+)
+def test_views_without_anything_to_learn_from_are_refused(changed, message):
+    view = replace(contrastive(4)[0], **changed)
+    with pytest.raises(UsageError, match=message):
+        check([view], [source("a")], [])
+
+
 def test_later_laps_may_have_other_settings(tmp_path, caplog):
     first = next(lap for lap in learn(*tiny(), tmp_path) if (lap.stage, lap.lap) == (0, 1))
     laps = list(learn(*tiny(laps=3, learning_rate=1e-4), tmp_path))
@@ -495,8 +519,8 @@ def test_laps_keep_their_own_samples_and_fresh_weights_come_from_the_seed(tmp_pa
     ("change", "message"),
     [
         ({"operator": Operator(3)}, "names 2 sources, its mixing is for 3"),
-        ({"noise": 0.0}, "noise has to be above 0"),
-        ({"noise": torch.tensor([0.1, 0.0, 0.1])}, "noise has to be above 0"),
+        ({"noise": 0.0}, "noise has to be finite and above 0"),
+        ({"noise": torch.tensor([0.1, 0.0, 0.1])}, "noise has to be finite and above 0"),
         ({"sources": ("a", "c")}, "has c: no such source"),
         ({"y": torch.zeros(4, 2)}, r"mixing does not give recordings of shape \(2,\)"),
         ({"operator": Matrix(torch.zeros(2, M, 7))}, "sources of 7 numbers, the network of 'a' takes 5"),

@@ -74,8 +74,11 @@ class ExactMomentMatching(Sampler):
             levels = [t for t in others for _ in range(1 + corrections)]
             super().__init__(prior, **{**options, "times": [first, *levels], "order": 1})
         self.operator = Mixing(operator) if isinstance(operator, Tensor) else operator or Operator(len(prior))
-        self.variance = torch.as_tensor(noise, dtype=torch.float64) ** 2
-        if not (self.variance > 0).all():
+        if len(prior) and self.operator.n_sources != len(prior):
+            raise UsageError(f"the operator is for {self.operator.n_sources} sources, there are {len(prior)} priors")
+        deviation = torch.as_tensor(noise, dtype=torch.float64)
+        self.variance = deviation**2
+        if not (deviation > 0).all():
             raise UsageError("the observation's noise has to be above 0 everywhere, at least -80 dB of the signal")
         self.direct, self.iterations, self.tolerance = direct, iterations, tolerance
         self.tau, self.length, self.start_from = tau, length, start_from
