@@ -1,0 +1,45 @@
+"""What the default sampler has over the earlier one (results/earlier-sampler), on the mixtures that both separated.
+
+The same weights, seeds and recordings. Writes results/earlier-sampler/differences.jsonl: SI-SDR in dB, mean of both and
+of the paired difference, with its 95 % interval. Run: python recipes/open16k/compare.py
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from audiosep.metrics import paired_interval
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def rows(folder: Path) -> dict[int, dict[str, Any]]:
+    """Rows of an evaluation of one task by the mixture's number."""
+    lines = (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines()
+    return {row["index"]: row for row in map(json.loads, lines)}
+
+
+def main() -> None:
+    """Write the file."""
+    found = []
+    for earlier in sorted(path for path in (RESULTS / "earlier-sampler").iterdir() if path.is_dir()):
+        before, now = rows(earlier), rows(RESULTS / earlier.name)
+        both = [i for i in now if i in before and now[i]["ids"] == before[i]["ids"]]
+        for score in ("si_sdr", "si_sdr_permuted"):
+            new, old = (np.array([np.mean(table[i][score]) for i in both]) for table in (now, before))
+            low, high = paired_interval(new, old)
+            numbers = {"default": new.mean(), "earlier": old.mean(), "difference": (new - old).mean()}
+            numbers |= {"low": low, "high": high}
+            about = {"task": earlier.name, "score": score, "mixtures": len(both)}
+            found.append(about | {key: round(float(value), 2) for key, value in numbers.items()})
+    text = "\n".join(json.dumps(row) for row in found)
+    (RESULTS / "earlier-sampler/differences.jsonl").write_text(text + "\n", encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
