@@ -15,7 +15,7 @@ import hashlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -470,6 +470,14 @@ class Separator:
             raise UsageError(f"sampling {self.sampling}: {error}") from error
 
 
+def _alike(keys: Iterable[Hashable]) -> list[list[int]]:
+    """Positions of equal keys, a list for each."""
+    found: dict[Hashable, list[int]] = {}
+    for k, key in enumerate(keys):
+        found.setdefault(key, []).append(k)
+    return list(found.values())
+
+
 @dataclass
 class Piece:
     """Finished samples: mixture (C, n), stems, best and spread (K, C, n), float64 on the CPU."""
@@ -509,22 +517,12 @@ class Job:
         self.progress, self.done = progress, 0
         segments = None if frames is None else count_segments(frames, self.segment, self.hop)
         self.total = None if segments is None else segments * self.steps * separator.samples
-        groups: dict[tuple[str, int | None], list[int]] = {}
-        for k, source in enumerate(sources):
-            groups.setdefault((source.prior, source.label), []).append(k)
-        self.groups = [members for members in groups.values() if len(members) > 1]
-        priors: dict[str, list[int]] = {}
-        for k, source in enumerate(sources):
-            priors.setdefault(source.prior, []).append(k)
+        self.groups = [group for group in _alike((source.prior, source.label) for source in sources) if len(group) > 1]
         # Sources of one prior that differ by their class alone. The published loop leaves them as they come, and a
         # known mixing says which is which.
-        self.classed = [
-            members
-            for members in priors.values()
-            if len({sources[k].label for k in members}) > 1
-            and separator.preset == "default"
-            and separator.mixing is None
-        ]
+        asks = separator.preset == "default" and separator.mixing is None
+        same = _alike(source.prior for source in sources) if asks else []
+        self.classed = [group for group in same if len({sources[k].label for k in group}) > 1]
         self.aligner = Aligner(self.groups, self.segment - self.hop)
         self.segments = self.frames = self.channels = self.evaluations = 0
         self.energy = torch.zeros(len(sources), dtype=torch.float64)
