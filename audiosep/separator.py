@@ -518,11 +518,6 @@ class Job:
         segments = None if frames is None else count_segments(frames, self.segment, self.hop)
         self.total = None if segments is None else segments * self.steps * separator.samples
         self.groups = [group for group in _alike((source.prior, source.label) for source in sources) if len(group) > 1]
-        # Sources of one prior that differ by their class alone. The published loop leaves them as they come, and a
-        # known mixing says which is which.
-        asks = separator.preset == "default" and separator.mixing is None
-        same = _alike(source.prior for source in sources) if asks else []
-        self.classed = [group for group in same if len({sources[k].label for k in group}) > 1]
         self.aligner = Aligner(self.groups, self.segment - self.hop)
         self.segments = self.frames = self.channels = self.evaluations = 0
         self.energy = torch.zeros(len(sources), dtype=torch.float64)
@@ -534,6 +529,11 @@ class Job:
     def _prepare(self) -> int:
         """Make what separates ready; how many steps it takes per sample."""
         self.sampler = self.separator.sampler_for(self.sources)
+        # Sources of one prior that differ by their class alone. The published loop leaves them as they come, and a
+        # known mixing says which is which.
+        asks = self.separator.preset == "default" and self.separator.mixing is None
+        same = _alike(source.prior for source in self.sources) if asks else []
+        self.classed = [group for group in same if len({self.sources[k].label for k in group}) > 1]
         steps = len(self.sampler.times)
         if self.sampler.evaluations > steps:
             log.warning(
