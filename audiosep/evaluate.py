@@ -526,7 +526,10 @@ def _read(path: Path, trials: Sequence[Trial]) -> None:
 
 
 def _append(path: Path, row: Mapping[str, Any]) -> None:
-    """One write per row: several processes may append to one file. A half line before it is closed first."""
+    """One write per row: several processes may append to one file. A half line before it is closed first.
+
+    Another's row looks like a half line while it is written: an empty line may come of it, which readers pass over.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)

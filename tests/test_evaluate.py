@@ -298,7 +298,7 @@ def test_processes_append_to_one_file_at_once(tmp_path):
     path = tmp_path / "rows.jsonl"
     running = [subprocess.Popen([sys.executable, "-c", code, path, who]) for who in "abc"]
     assert [process.wait() for process in running] == [0, 0, 0]
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = [json.loads(line) for line in path.read_text().splitlines() if line]
     assert sorted((row["who"], row["i"]) for row in rows) == [(who, i) for who in "abc" for i in range(300)]
 
 
