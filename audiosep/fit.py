@@ -28,6 +28,7 @@ from audiosep.baselines import fit_nmf
 from audiosep.data import KINDS, Item, MixtureDataset, SourceDataset, class_names, parse_task, read_manifest
 from audiosep.errors import UsageError
 from audiosep.evaluate import score
+from audiosep.mixing import best_permutation
 from audiosep.prior import Prior
 from audiosep.progress import Callback
 from audiosep.recipe import build, check_tables
@@ -139,10 +140,11 @@ def _fit_tagger(tables: Mapping[str, Any], out: Path, **how: Any) -> dict[str, A
     torch.manual_seed(options.seed)
     table = dict(tables["tagger"])
     prior, tasks = hub.load_prior(table.pop("of", "sound")), table.pop("tasks", TAGGED_TASKS)
+    alone = table.pop("alone", 0.0)
     tagger = build(Tagger, table, "tagger", classes=prior.classes, sample_rate=prior.sample_rate)
     data = _Data(tables, kind=None)
     count = -(-(options.max_steps or FOREVER) * options.batch_size // len(tasks))
-    mixtures = data.tagged(data.train, tagger, tasks, count, options.seed)
+    mixtures = data.tagged(data.train, tagger, tasks, count, options.seed, alone)
     probe = build(TaggerProbe, tables.get("probe", {}), "probe", data=data, tagger=tagger, tasks=tasks)
     card = build(_card, tables.get("card", {}), "card")
 
@@ -282,13 +284,23 @@ class _Data:
             sample_rate=expert.sample_rate,
         )
 
-    def tagged(self, items: Sequence[Item], tagger: Tagger, tasks: Sequence[str], count: int, seed: int) -> Any:
+    def tagged(
+        self,
+        items: Sequence[Item],
+        tagger: Tagger,
+        tasks: Sequence[str],
+        count: int,
+        seed: int,
+        alone: float = 0.0,
+    ) -> TaggedMixtures:
         """Mixtures of the tagger's classes, `count` of each task."""
-        common = {"items": items, "count": count, "seed": seed, "classes": tagger.classes}
-        common["sample_rate"] = tagger.sample_rate
-        return TaggedMixtures(
-            [build(MixtureDataset, self.table, "data", task=task, **common) for task in tasks], tagger.labels
-        )
+        common = {"items": items, "count": count, "classes": tagger.classes, "sample_rate": tagger.sample_rate}
+        # A task that is named twice is to give other mixtures the second time.
+        datasets = [
+            build(MixtureDataset, self.table, "data", task=task, seed=seed + k, **common)
+            for k, task in enumerate(tasks)
+        ]
+        return TaggedMixtures(datasets, tagger.labels, alone)
 
     def fingerprint(self) -> str:
         names = "\n".join(f"{item.label} {item.id} {item.duration}" for item in self.train)
@@ -494,7 +506,8 @@ class TaggerProbe:
     """How well a tagger names the sources of held-out mixtures, as `-s auto` does: two sources at least.
 
     The threshold is the one that calls most classes rightly, less the wrong ones, on every second mixture; the others
-    are scored with it.
+    are scored with it. In which mixtures it tells all stems of sounds apart, given their classes, is counted over all
+    of them; each stem holds the other sources 10 dB fainter, as a separator leaves them.
 
     Args:
         mixtures: held-out mixtures of each task; 0 for none.
@@ -503,7 +516,7 @@ class TaggerProbe:
 
     def __init__(self, data: _Data, tagger: Tagger, tasks: Sequence[str], mixtures: int = 40, batch: int = 16) -> None:
         self.batch, self.count = batch, mixtures // 2
-        self.tasks = [task for task in tasks if sum(parse_task(task)) > 1]
+        self.tasks = [task for task in dict.fromkeys(tasks) if sum(parse_task(task)) > 1]
         self.mixtures: TaggedMixtures | None = None
         if data.valid and mixtures and self.tasks:
             try:
@@ -540,7 +553,22 @@ class TaggerProbe:
             if sounds:
                 found[f"called/{task}"] = (right + wrong) / sounds
                 found[f"right/{task}"] = right / max(1, right + wrong)
+            if sounds > len(rest):
+                found[f"told/{task}"] = self.told(average, self.mixtures.datasets[k])
         return found
+
+    @staticmethod
+    def told(tagger: Tagger, mixtures: MixtureDataset) -> float:
+        """Share of mixtures whose sounds are all given to their classes."""
+        right = 0
+        for i in range(len(mixtures)):
+            item = mixtures[i]
+            stems = item["sources"] + 10 ** (-10 / 20) * (item["mixture"] - item["sources"])
+            stems, names = stems[mixtures.n_speech :], item["names"][mixtures.n_speech :]
+            device = next(tagger.parameters()).device
+            order = best_permutation(tagger.fits(stems[None].to(device), names))[0]
+            right += order.tolist() == list(range(len(names)))
+        return right / len(mixtures)
 
     @staticmethod
     def compare(
@@ -572,6 +600,7 @@ class TaggerProbe:
                 "numbers of voices and sounds right": last[f"number/{task}"],
                 "sounds called by a class": last.get(f"called/{task}", ""),
                 "rightly": last.get(f"right/{task}", ""),
+                "all stems told apart": last.get(f"told/{task}", ""),
             }
             for task in self.tasks
             if f"number/{task}" in last

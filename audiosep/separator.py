@@ -11,6 +11,7 @@ K sources, C channels, T samples.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import logging
 import math
@@ -23,9 +24,10 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
 
 from audiosep import __version__, audio, distributed, hub
-from audiosep.errors import AudiosepError, UsageError
+from audiosep.errors import AudiosepError, ModelError, UsageError
 from audiosep.longform import Aligner, OverlapAdd, cosine, count_segments, cut, match
 from audiosep.losses import ReconstructionLoss
 from audiosep.mixing import best_permutation, combine, permute, project, residual
@@ -33,6 +35,7 @@ from audiosep.operators import Mixing
 from audiosep.prior import JointPrior, Prior
 from audiosep.progress import Callback
 from audiosep.samplers import PRESETS, SAMPLES, Noise, Sampler, build
+from audiosep.tagger import Tagger
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +43,7 @@ Array = TypeVar("Array", np.ndarray, Tensor)
 
 SEGMENT = 4.0  # seconds; what the published priors were trained on
 SILENCE = 1e-7  # RMS under which a channel counts as digital silence (-140 dBFS)
-TAGGER = "tagger"  # the checkpoint that "auto" listens with
+TAGGER = "tagger"  # the checkpoint that "auto" listens with, and that tells which stem is of which class
 REPORTED = 10  # labels whose scores a report holds
 INACTIVE = -40.0  # dB under the mixture at which a stem is flagged as inactive
 SELF_NOISE = (
@@ -49,6 +52,7 @@ SELF_NOISE = (
     0.1,
     0.2,
 )  # noise levels at which a sample's likelihood under its prior is measured
+LIKENESS = 5.0  # nats that two samples' estimates of a source are to agree, per unit of their cosine similarity
 LABEL_NOISE = (0.2, 0.3, 0.45, 0.67, 1.0)  # and those at which an estimate's class shows, chosen on held-out mixtures
 
 
@@ -202,6 +206,25 @@ class Separator:
         return cls(priors, device=device, **options)
 
     @property
+    def exchanges(self) -> bool:
+        """Whether estimates go to the class that they fit. In the published loop they stay as they come, and a known
+        mixing says which is which.
+        """
+        return self.preset == "default" and self.mixing is None
+
+    @functools.cached_property
+    def tagger(self) -> Tagger | None:
+        """The shipped tagger; None where it has nothing to tell, isn't there, or hears at another sample rate."""
+        if not self.exchanges or not any(prior.classes for prior in self.priors.values()):
+            return None
+        try:
+            tagger = hub.load_model(TAGGER, self.device)
+        except ModelError as error:
+            log.warning("sounds are told apart by their priors, as there is no tagger: %s", error)
+            return None
+        return tagger if tagger.sample_rate == self.sample_rate else None
+
+    @property
     def settings(self) -> dict[str, Any]:
         """What its stems follow from besides weights, input and seed, defaults included; plain data."""
         sampler = self._build(JointPrior([]))
@@ -217,6 +240,7 @@ class Separator:
             "overlap": self.overlap,
             "consistent": self.consistent,
             "dtype": str(self.dtype).removeprefix("torch."),
+            "tagger": self.tagger.origin["sha256"] if self.tagger is not None else None,
         }
 
     # What to find ---------------------------------------------------------------------------------
@@ -478,6 +502,11 @@ def _alike(keys: Iterable[Hashable]) -> list[list[int]]:
     return list(found.values())
 
 
+def _cosines(a: Tensor, b: Tensor) -> Tensor:
+    """Cosine similarity (B, n, n) of waves a (B, n, N) and b; zero where one is silent."""
+    return cosine_similarity(a[:, :, None], b[:, None], dim=-1)
+
+
 @dataclass
 class Piece:
     """Finished samples: mixture (C, n), stems, best and spread (K, C, n), float64 on the CPU."""
@@ -529,10 +558,8 @@ class Job:
     def _prepare(self) -> int:
         """Make what separates ready; how many steps it takes per sample."""
         self.sampler = self.separator.sampler_for(self.sources)
-        # Sources of one prior that differ by their class alone. The published loop leaves them as they come, and a
-        # known mixing says which is which.
-        asks = self.separator.preset == "default" and self.separator.mixing is None
-        same = _alike(source.prior for source in self.sources) if asks else []
+        # Sources of one prior that differ by their class alone.
+        same = _alike(source.prior for source in self.sources) if self.separator.exchanges else []
         self.classed = [group for group in same if len({self.sources[k].label for k in group}) > 1]
         steps = len(self.sampler.times)
         if self.sampler.evaluations > steps:
@@ -632,12 +659,14 @@ class Job:
             raise UsageError(f"the mixing matrix has {len(mixing)} rows, the recording {channels} channels")
         gain = separator.gain(rows, self.sources)
         silent = rows.square().flatten(1).mean(1).sqrt().view(gain.shape) < SILENCE
-        drawn, scores = [], []
+        each = len(rows) // count
+        found = []
         for sample in range(separator.samples):
             # The channels of a segment share their noise, so that identical channels give identical stems.
-            each = len(rows) // count
             seeds = [mix_seed(separator.seed, self.segments + i // each, sample) for i in range(len(rows))]
-            x = self._by_class(self._run_sampler(rows * gain, Noise(seeds), count))
+            found.append(self._run_sampler(rows * gain, Noise(seeds), count))
+        drawn, scores = [], []
+        for x in self._by_class(torch.stack(found)):
             score = self._log_likelihood(x) if separator.rank else torch.zeros(len(x))
             scores.append(score.view(count, each).mean(1).cpu())
             sources = torch.where(silent.view(-1, 1, 1), 0.0, x / gain.view(-1, 1, 1))
@@ -663,22 +692,48 @@ class Job:
             )
         return x.float()
 
-    def _by_class(self, x: Tensor) -> Tensor:
-        """Estimates (B, K, N), exchanged among the sources of one prior so that each fits its class best.
+    @torch.no_grad()
+    def _by_class(self, samples: Tensor) -> Tensor:
+        """Samples (R, B, K, N), their estimates exchanged among the sources of one prior so that each fits its class.
 
-        A sampler tells two sounds apart better than it names them. The class under which a denoiser errs least is the
-        likeliest: Alexander C. Li et al., "Your Diffusion Model is Secretly a Zero-Shot Classifier", 2023,
-        https://arxiv.org/abs/2303.16203.
+        A sampler tells two sounds apart better than it names them. What each sample says of its estimates counts for
+        those of the first one as far as they sound alike; the others then follow it, unless theirs fit better.
         """
         for members in self.classed:
-            n = len(members)
-            estimates = x[:, members]
-            # Pair i n + j is estimate i under the class of source j.
-            pairs = JointPrior([self.sampler.prior.sources[j] for _ in members for j in members], self.separator.dtype)
-            errors = self._errors(pairs, estimates.repeat_interleave(n, 1), LABEL_NOISE)
-            order = best_permutation(-errors.unflatten(1, (n, n)))
-            x = x.index_copy(1, torch.tensor(members, device=x.device), permute(estimates, order))
-        return x
+            first, *others = samples[:, :, members]
+            fits = [self._fits(x, members) for x in (first, *others)]
+            alike = [(LIKENESS * _cosines(first, x)).softmax(-1) for x in others]
+            pooled = fits[0] + sum(share @ fit for share, fit in zip(alike, fits[1:]))
+            stems = [permute(first, best_permutation(pooled))]
+            for x, fit in zip(others, fits[1:]):
+                stems.append(permute(x, best_permutation(fit + LIKENESS * _cosines(x, stems[0]))))
+            samples = samples.index_copy(2, torch.tensor(members, device=samples.device), torch.stack(stems))
+        return samples
+
+    def _fits(self, x: Tensor, members: Sequence[int]) -> Tensor:
+        """How well each of estimates x (B, n, N) fits the class of each of n sources, in nats (B, n, n).
+
+        The tagger says, where it knows the classes. Elsewhere the priors do: the class under which a denoiser errs
+        least is the likeliest (Alexander C. Li et al., "Your Diffusion Model is Secretly a Zero-Shot Classifier", 2023,
+        https://arxiv.org/abs/2303.16203).
+        """
+        tagger = self._tagger_of(members)
+        if tagger is not None:
+            return tagger.fits(x, self._classes(members))
+        n = len(members)
+        # Pair i n + j is estimate i under the class of source j.
+        pairs = JointPrior([self.sampler.prior.sources[j] for _ in members for j in members], self.separator.dtype)
+        return -self._errors(pairs, x.repeat_interleave(n, 1), LABEL_NOISE).unflatten(1, (n, n))
+
+    def _classes(self, members: Sequence[int]) -> list[str]:
+        """Class names of sources, the null class's is the prior's kind."""
+        priors = [self.separator.priors[self.sources[k].prior] for k in members]
+        return [class_name(prior, self.sources[k].label) or prior.kind for prior, k in zip(priors, members)]
+
+    def _tagger_of(self, members: Sequence[int]) -> Tagger | None:
+        """The tagger, where it knows all of these sources' classes."""
+        tagger = self.separator.tagger
+        return tagger if tagger is not None and tagger.knows(self._classes(members)) else None
 
     def _log_likelihood(self, x: Tensor) -> Tensor:
         """How well sources x (B, K, N) fit their priors (B,)."""
@@ -803,8 +858,12 @@ class Job:
     def _about(self) -> dict[str, Any]:
         """The report's part on what separated."""
         separator = self.separator
+        models: dict[str, Any] = {name: {"name": name, **prior.origin} for name, prior in separator.priors.items()}
+        tellers = [tagger for tagger in map(self._tagger_of, self.classed) if tagger is not None]
+        if tellers:
+            models[TAGGER] = {"name": TAGGER, **tellers[0].origin}
         return {
-            "models": {name: {"name": name, **prior.origin} for name, prior in separator.priors.items()},
+            "models": models,
             "sampler": {
                 "name": separator.sampler or PRESETS[separator.preset],
                 "preset": separator.preset,

@@ -6,7 +6,9 @@ by attention (Qiuqiang Kong et al., "PANNs: Large-Scale Pretrained Audio Neural 
 
     p_l = sum_t softmax_t(a_l)_t sigmoid(z_l)_t,    loss = mean_l of the binary cross-entropy.
 
-It is trained on mixtures of the clips that the priors were trained on, so it knows the priors' classes.
+It is trained on mixtures of the clips that the priors were trained on, so it knows the priors' classes. In some of them
+all but one source are faint and count for nothing: a stem that a separator made sounds like that, and the tagger tells
+which stem is of which class, too.
 
 B items, N samples, L labels, T frames.
 """
@@ -18,6 +20,7 @@ from itertools import pairwise
 from typing import Any
 
 import librosa
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -31,6 +34,7 @@ __all__ = ["COUNTS", "TaggedMixtures", "Tagger"]
 # Labels beside the classes of sound: the first is there from one such source on, the second from two on, ...
 COUNTS = {"speech": ("speech", "second speech"), "sound": ("sound", "second sound", "third sound")}
 HEARD = 0.5  # score from which a voice or a sound is there
+FAINT = (5.0, 25.0)  # dB that what counts for nothing lies under the rest
 
 
 class Tagger(nn.Module):
@@ -50,7 +54,7 @@ class Tagger(nn.Module):
         self,
         classes: Sequence[str],
         sample_rate: int = 16000,
-        width: int = 24,
+        width: int = 32,
         mels: int = 64,
         threshold: float = 0.5,
     ) -> None:
@@ -95,6 +99,16 @@ class Tagger(nn.Module):
         probability = self(batch["mixture"]).float().clamp(1e-6, 1 - 1e-6)
         return nn.functional.binary_cross_entropy(probability, batch["tags"], reduction="none").mean(-1)
 
+    def knows(self, names: Sequence[str]) -> bool:
+        """Whether all of these are labels, whatever their case."""
+        return {name.casefold() for name in names} <= {label.casefold() for label in self.labels}
+
+    def fits(self, stems: Tensor, names: Sequence[str]) -> Tensor:
+        """How well each of stems (B, K, N) fits each of J labels, whatever their case: log-probabilities (B, K, J)."""
+        labels = [label.casefold() for label in self.labels]
+        chosen = [labels.index(name.casefold()) for name in names]
+        return self(stems.flatten(0, 1)).unflatten(0, stems.shape[:2])[..., chosen].float().clamp(min=1e-6).log()
+
     def choose(self, scores: Sequence[float], allowed: Sequence[str]) -> list[str]:
         """Names of the sources that are heard, two at least, from the scores (L,) of all labels.
 
@@ -128,12 +142,19 @@ class TaggedMixtures(Dataset[dict[str, Tensor]]):
     """Mixtures of several tasks in turn, with what they hold: `mixture` (N,), `tags` (L,) in the order of `labels`.
 
     The datasets hold as many mixtures each; item i is a pure function of their seeds and of i.
+
+    Args:
+        datasets: of a task each; one may stand there several times.
+        labels: the tagger's.
+        alone: share of the mixtures in which all sources but one are faint (`FAINT`), and that one alone is tagged.
     """
 
-    def __init__(self, datasets: Sequence[MixtureDataset], labels: Sequence[str]) -> None:
+    def __init__(self, datasets: Sequence[MixtureDataset], labels: Sequence[str], alone: float = 0.0) -> None:
         if not datasets:
             raise UsageError("no tasks to make mixtures of")
-        self.datasets = list(datasets)
+        if not 0 <= alone <= 1:
+            raise UsageError(f"alone is a share, 0..1, got {alone}")
+        self.datasets, self.alone = list(datasets), alone
         self.index = {label.casefold(): i for i, label in enumerate(labels)}
         self.segment = self.datasets[0].segment
 
@@ -143,8 +164,16 @@ class TaggedMixtures(Dataset[dict[str, Tensor]]):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        item = self.datasets[index % len(self.datasets)][index // len(self.datasets)]
-        return {"mixture": item["mixture"], "tags": self.tags(item["names"])}
+        dataset = self.datasets[index % len(self.datasets)]
+        item = dataset[index // len(self.datasets)]
+        rng = np.random.default_rng([dataset.seed, index])
+        if rng.random() >= self.alone:
+            return {"mixture": item["mixture"], "tags": self.tags(item["names"])}
+        kept = int(rng.random() * len(item["names"]))
+        faint, fainter = FAINT
+        gains = torch.tensor([10 ** (-(faint + (fainter - faint) * rng.random()) / 20) for _ in item["names"]])
+        gains[kept] = 1.0
+        return {"mixture": gains @ item["sources"], "tags": self.tags([item["names"][kept]])}
 
     def tags(self, names: Sequence[str]) -> Tensor:
         """(L,) ones for the sources of a mixture, "speech" or a class each; a class that has no label is a sound."""
@@ -159,11 +188,10 @@ class TaggedMixtures(Dataset[dict[str, Tensor]]):
 
 def _block(into: int, out: int) -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(into, out, 3, padding=1, bias=False),
-        nn.GroupNorm(8, out),
-        nn.GELU(),
-        nn.Conv2d(out, out, 3, padding=1, groups=8, bias=False),
-        nn.GroupNorm(8, out),
-        nn.GELU(),
-        nn.AvgPool2d(2, ceil_mode=True),
+        nn.Conv2d(into, out, 3, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(out),
+        nn.ReLU(),
+        nn.Conv2d(out, out, 3, padding=1, bias=False),
+        nn.BatchNorm2d(out),
+        nn.ReLU(),
     )

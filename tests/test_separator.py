@@ -10,6 +10,7 @@ from audiosep.errors import AudioError, AudiosepError, UsageError
 from audiosep.prior import Prior
 from audiosep.schedules import ve
 from audiosep.separator import LABEL_NOISE, Job, Separator, choose_device
+from audiosep.tagger import Tagger
 
 
 @pytest.fixture
@@ -50,15 +51,53 @@ def test_estimates_go_to_the_class_that_they_fit():
     job = Job(separator, separator.resolve(["Low", "High"]), 16000, 16000, None, True)
     right = torch.stack((low, high), 1)  # (3, 2, N)
     mixed_up = torch.stack((right[0], right[1].flip(0), right[2].flip(0)))
-    assert torch.equal(job._by_class(right), right)
-    assert torch.equal(job._by_class(mixed_up), right)
+    assert torch.equal(job._by_class(right[None])[0], right)
+    assert torch.equal(job._by_class(mixed_up[None])[0], right)
     assert job.evaluations == 2 * 3 * 4 * len(LABEL_NOISE)
+    # All samples of a mixture get one order.
+    several = torch.stack((mixed_up, right, mixed_up.flip(1)))
+    assert torch.equal(job._by_class(several), right.expand(3, -1, -1, -1))
     # The published loop leaves the sources as they come, and two sources of one class can't be told apart.
     published = banded(preset="published")
     job = Job(published, published.resolve(["Low", "High"]), 16000, 16000, None, True)
-    assert torch.equal(job._by_class(mixed_up), mixed_up)
+    assert torch.equal(job._by_class(mixed_up[None])[0], mixed_up)
     job = Job(separator, separator.resolve(["Low", "Low"]), 16000, 16000, None, True)
-    assert torch.equal(job._by_class(mixed_up), mixed_up)
+    assert torch.equal(job._by_class(mixed_up[None])[0], mixed_up)
+
+
+class Ears(Tagger):
+    """Hears a wave's power below and above 2 kHz."""
+
+    def forward(self, mixture):
+        power = torch.fft.rfft(mixture).abs().square()
+        low = power[:, : mixture.shape[1] // 8].sum(1) / power.sum(1)
+        return torch.stack([*[low * 0] * 5, low, 1 - low], 1)
+
+
+def test_a_tagger_that_knows_the_classes_tells_them_apart(monkeypatch):
+    ears = Ears(["LOW", "High"])
+    ears.origin = {"folder": "ears", "sha256": "0"}
+    monkeypatch.setattr("audiosep.hub.load_model", lambda *_: ears)
+    separator = banded(steps=2)
+    time = torch.arange(16000) / 16000
+    low, high = (0.1 * torch.sin(2 * np.pi * tone * time) for tone in (400, 3500))
+    job = Job(separator, separator.resolve(["High", "Low"]), 16000, 16000, None, True)
+    samples = torch.stack((torch.stack((low, high)), torch.stack((0.5 * high, 0.5 * low))))[:, None]
+    told = job._by_class(samples)
+    assert job.evaluations == 0
+    assert torch.equal(told, torch.stack((torch.stack((high, low)), torch.stack((0.5 * high, 0.5 * low))))[:, None])
+    report = separator((low + high)[None], 16000, ["High", "Low"]).report
+    assert report["models"]["tagger"]["sha256"] == "0"
+    assert report["network_evaluations"] == 2 * 2 * 2
+    assert "tagger" not in separator((low + high)[None], 16000, ["Low", "Low"]).report["models"]
+    assert separator.settings["tagger"] == "0"
+    assert banded(preset="published").tagger is None
+
+
+def test_without_a_tagger_the_priors_tell(monkeypatch, caplog):
+    monkeypatch.setattr("audiosep.separator.TAGGER", "none-such")
+    assert banded().tagger is None
+    assert "no checkpoint 'none-such'" in caplog.text
 
 
 def adds_up(parts, wave):
