@@ -47,7 +47,7 @@ from audiosep.errors import AudiosepError, ModelError, UsageError
 from audiosep.mixing import best_permutation
 from audiosep.progress import Callback
 from audiosep.recipe import build, check_tables
-from audiosep.separator import Separates, Separation, mix_seed
+from audiosep.separator import TAGGER, Separates, Separation, mix_seed
 
 __all__ = ["MAKERS", "Plan", "Unprocessed", "run", "score"]
 
@@ -321,7 +321,7 @@ def _trials(plan: Plan, tables: Mapping[str, Any], given: Mapping[str, Separates
                 "labels": labels,
                 "metrics": sorted(plan.metrics),
                 "options": {key: str(value) for key, value in sorted(own.items())} if settings is None else settings,
-                "weights": _weights(separator),
+                "weights": _weights(separator, tagged=labels and dataset.n_sound > 1),
                 "items": dataset.fingerprint(),
             }
             stems = out / "stems" if out is not None and plan.stems else None
@@ -390,9 +390,13 @@ def _shared_classes(separators: Mapping[str, Separates]) -> list[str] | None:
     return sorted(set.intersection(*known)) if known else None
 
 
-def _weights(separator: Separates) -> dict[str, str]:
-    """Hashes of the checkpoints: a name can stand for other weights tomorrow."""
-    origins = {name: getattr(prior, "origin", {}) for name, prior in getattr(separator, "priors", {}).items()}
+def _weights(separator: Separates, tagged: bool) -> dict[str, str]:
+    """Hashes of the checkpoints, the tagger's where it may be asked: a name can stand for other weights tomorrow."""
+    models = dict(getattr(separator, "priors", {}))
+    tagger = getattr(separator, "tagger", None) if tagged else None
+    if tagger is not None:
+        models[TAGGER] = tagger
+    origins = {name: getattr(prior, "origin", {}) for name, prior in models.items()}
     return {name: origin.get("sha256", "") for name, origin in origins.items()}
 
 

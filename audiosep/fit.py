@@ -5,10 +5,10 @@ A recipe's tables are keyword arguments: [prior] of `Prior`, [backbone] and [sch
 model card. A run of `fit(tables, "my-prior")` leaves the checkpoint in `my-prior`, and its log, its state, samples to
 listen to and TensorBoard's files in `my-prior.run`.
 
-A recipe of a tagger has [tagger] of `Tagger`, with `of`, the prior whose classes it is to know, and `tasks`; its
-[probe] is of `TaggerProbe`. A recipe of a supervised network has [expert] of `Expert` and [network] of what its `name`
-says in `hub` in place of the prior's tables; its [data] is of `read_manifest` and `MixtureDataset`, its [probe] of
-`ExpertProbe`. One of NMF source models has [nmf] of `fit_nmf`, [data] and [card].
+A recipe of a tagger has [tagger] of `Tagger` and `TaggedMixtures`, with `of`, the prior whose classes it is to know,
+and `tasks`; its [probe] is of `TaggerProbe`. A recipe of a supervised network has [expert] of `Expert` and [network] of
+what its `name` says in `hub` in place of the prior's tables; its [data] is of `read_manifest` and `MixtureDataset`, its
+[probe] of `ExpertProbe`. One of NMF source models has [nmf] of `fit_nmf`, [data] and [card].
 """
 
 from __future__ import annotations
@@ -156,6 +156,7 @@ def _fit_tagger(tables: Mapping[str, Any], out: Path, **how: Any) -> dict[str, A
         hub.save_model(average, out, {**data.card(), **card, "metrics": probe.metrics(rows), "training": facts})
 
     about = {"tagger": json.loads(json.dumps(tagger.config)), "recordings": data.fingerprint()}
+    about |= {"tasks": list(tasks), "alone": alone}
     return train.train(tagger, mixtures, run_folder(out), options, save=save, probe=probe, about=about, **how)
 
 
@@ -506,8 +507,8 @@ class TaggerProbe:
     """How well a tagger names the sources of held-out mixtures, as `-s auto` does: two sources at least.
 
     The threshold is the one that calls most classes rightly, less the wrong ones, on every second mixture; the others
-    are scored with it. In which mixtures it tells all stems of sounds apart, given their classes, is counted over all
-    of them; each stem holds the other sources 10 dB fainter, as a separator leaves them.
+    are scored with it, and counted when it tells all their stems of sounds apart, given the classes, though each stem
+    holds the other sources 10 dB fainter, as a separator leaves them.
 
     Args:
         mixtures: held-out mixtures of each task; 0 for none.
@@ -559,16 +560,16 @@ class TaggerProbe:
 
     @staticmethod
     def told(tagger: Tagger, mixtures: MixtureDataset) -> float:
-        """Share of mixtures whose sounds are all given to their classes."""
-        right = 0
-        for i in range(len(mixtures)):
+        """Share of every second mixture, whose sounds are all given to their classes."""
+        device, right = next(tagger.parameters()).device, 0
+        scored = range(1, len(mixtures), 2)
+        for i in scored:
             item = mixtures[i]
             stems = item["sources"] + 10 ** (-10 / 20) * (item["mixture"] - item["sources"])
             stems, names = stems[mixtures.n_speech :], item["names"][mixtures.n_speech :]
-            device = next(tagger.parameters()).device
             order = best_permutation(tagger.fits(stems[None].to(device), names))[0]
             right += order.tolist() == list(range(len(names)))
-        return right / len(mixtures)
+        return right / len(scored)
 
     @staticmethod
     def compare(

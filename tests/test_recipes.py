@@ -471,9 +471,9 @@ def test_the_taggers_recipe_builds():
     tables = recipe.load(RECIPES / "open16k/tagger.toml")
     recipe.check_tables(tables, fit.TAGGER_TABLES)
     recipe.build(train.Options, tables["train"], "train")
-    own = {key: value for key, value in tables["tagger"].items() if key not in ("of", "tasks")}
+    own = {key: value for key, value in tables["tagger"].items() if key not in ("of", "tasks", "alone")}
     tagger = recipe.build(Tagger, own, "tagger", classes=["a", "b"])
-    assert sum(p.numel() for p in tagger.parameters()) < 0.35e6
+    assert sum(p.numel() for p in tagger.parameters()) < 1.5e6
     assert set(tables["probe"]) <= set(inspect.signature(fit.TaggerProbe).parameters)
     recipe.build(fit._card, tables["card"], "card")
 

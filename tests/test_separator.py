@@ -43,7 +43,8 @@ def banded(**options):
     return Separator({"sound": prior}, device="cpu", dtype="float32", **options)
 
 
-def test_estimates_go_to_the_class_that_they_fit():
+def test_estimates_go_to_the_class_that_they_fit(monkeypatch):
+    monkeypatch.setattr("audiosep.separator.TAGGER", "none-such")
     noise = torch.fft.rfft(torch.randn(2, 3, 16000, generator=torch.Generator().manual_seed(0)))
     f = torch.fft.rfftfreq(16000, 1 / 16000)
     low, high = (torch.fft.irfft(noise[0] * (f < 1000) * 0.2), torch.fft.irfft(noise[1] * (f > 3000) * 0.1))
@@ -56,7 +57,7 @@ def test_estimates_go_to_the_class_that_they_fit():
     assert job.evaluations == 2 * 3 * 4 * len(LABEL_NOISE)
     # All samples of a mixture get one order.
     several = torch.stack((mixed_up, right, mixed_up.flip(1)))
-    assert torch.equal(job._by_class(several), right.expand(3, -1, -1, -1))
+    assert all(torch.equal(told, right) for told in job._by_class(several))
     # The published loop leaves the sources as they come, and two sources of one class can't be told apart.
     published = banded(preset="published")
     job = Job(published, published.resolve(["Low", "High"]), 16000, 16000, None, True)
@@ -66,38 +67,84 @@ def test_estimates_go_to_the_class_that_they_fit():
 
 
 class Ears(Tagger):
-    """Hears a wave's power below and above 2 kHz."""
+    """Hears tones of 400 Hz as "Low" and of 3500 Hz as "High", the surer the louder they are beside one of 2 kHz."""
 
     def forward(self, mixture):
         power = torch.fft.rfft(mixture).abs().square()
-        low = power[:, : mixture.shape[1] // 8].sum(1) / power.sum(1)
-        return torch.stack([*[low * 0] * 5, low, 1 - low], 1)
+        low, unsure, high = (power[:, int(f * mixture.shape[1] / 16000)] for f in (400, 2000, 3500))
+        odds = torch.stack([0 * low] * 5 + [(low - high) / (low + high + unsure)] * 2, 1)
+        return (torch.tensor([1, 1, 1, 1, 1, 4.0, -4.0]) * odds).sigmoid()
 
 
-def test_a_tagger_that_knows_the_classes_tells_them_apart(monkeypatch):
-    ears = Ears(["LOW", "High"])
-    ears.origin = {"folder": "ears", "sha256": "0"}
-    monkeypatch.setattr("audiosep.hub.load_model", lambda *_: ears)
-    separator = banded(steps=2)
-    time = torch.arange(16000) / 16000
-    low, high = (0.1 * torch.sin(2 * np.pi * tone * time) for tone in (400, 3500))
-    job = Job(separator, separator.resolve(["High", "Low"]), 16000, 16000, None, True)
-    samples = torch.stack((torch.stack((low, high)), torch.stack((0.5 * high, 0.5 * low))))[:, None]
-    told = job._by_class(samples)
+def tone(frequency, level=0.1):
+    return level * torch.sin(2 * np.pi * frequency * torch.arange(16000) / 16000)
+
+
+@pytest.fixture
+def ears(monkeypatch):
+    tagger = Ears(["LOW", "High"])
+    tagger.origin = {"folder": "ears", "sha256": "0"}
+    monkeypatch.setattr("audiosep.hub.load_model", lambda *_: tagger)
+
+
+def told(samples, names=("High", "Low"), channels=1):
+    """Samples (R, S * C, K, N) in the order in which a tagger tells them apart; no network is asked."""
+    separator = banded()
+    job = Job(separator, separator.resolve(list(names)), 16000, 16000, None, True)
+    found = torch.stack(job._by_class(list(samples), channels))
     assert job.evaluations == 0
-    assert torch.equal(told, torch.stack((torch.stack((high, low)), torch.stack((0.5 * high, 0.5 * low))))[:, None])
-    report = separator((low + high)[None], 16000, ["High", "Low"]).report
+    return found
+
+
+def test_a_tagger_that_knows_the_classes_tells_them_apart(ears):
+    low, high = tone(400), tone(3500)
+    right, wrong = torch.stack((high, low)), torch.stack((low, high))
+    assert torch.equal(told(wrong[None, None]), right[None, None])
+    assert torch.equal(told(torch.stack((wrong, right))[None]), torch.stack((right, right))[None])
+    # Of three, two of one class: they stay as they come.
+    three = torch.stack((low, 0.5 * low, high))
+    assert torch.equal(told(three[None, None], ("Low", "High", "Low")), three[[0, 2, 1]][None, None])
+    # The null class has nothing to say, the other class says it all.
+    assert torch.equal(told(wrong[None, None], ("sound", "Low")), right[None, None])
+
+
+def test_samples_and_channels_tell_each_other(ears):
+    sure = torch.stack((tone(400) + tone(1000), tone(3500) + tone(5000)))  # 1 and 5 kHz say nothing of the class
+    unsure = tone(2000, 0.03)
+    misheard = torch.stack((tone(1000) + tone(3500, 0.01), tone(5000) + tone(400, 0.01))) + unsure
+    assert torch.equal(told(misheard[None, None])[0, 0], misheard)
+    # Beside a sure sample that sounds alike, it is turned as well, whichever comes first; and so is another channel.
+    for samples in ((sure, misheard), (misheard, sure)):
+        turned = torch.stack([x.flip(0) for x in samples])
+        assert torch.equal(told(torch.stack(samples)[:, None]), turned[:, None])
+        assert torch.equal(told(torch.stack(samples)[None], channels=2), turned[None])
+    # Of two segments each is told by itself.
+    both = torch.stack((sure, misheard))
+    assert torch.equal(told(both[None])[0], torch.stack((sure.flip(0), misheard)))
+
+
+def test_who_told_the_classes_is_reported(ears):
+    separator = banded(steps=2)
+    wave = (tone(400) + tone(3500))[None]
+    report = separator(wave, 16000, ["High", "Low"]).report
     assert report["models"]["tagger"]["sha256"] == "0"
     assert report["network_evaluations"] == 2 * 2 * 2
-    assert "tagger" not in separator((low + high)[None], 16000, ["Low", "Low"]).report["models"]
-    assert separator.settings["tagger"] == "0"
+    assert "tagger" not in separator(wave, 16000, ["Low", "Low"]).report["models"]
     assert banded(preset="published").tagger is None
 
 
-def test_without_a_tagger_the_priors_tell(monkeypatch, caplog):
-    monkeypatch.setattr("audiosep.separator.TAGGER", "none-such")
+def test_without_a_tagger_the_priors_tell(monkeypatch, caplog, ears):
+    elsewhere = Ears(["Low", "High"], sample_rate=8000)
+    monkeypatch.setattr("audiosep.hub.load_model", lambda *_: elsewhere)
     assert banded().tagger is None
+    assert "the tagger hears at 8000 Hz" in caplog.text
+    monkeypatch.undo()
+    monkeypatch.setattr("audiosep.separator.TAGGER", "none-such")
+    separator = banded(steps=2)
+    report = separator((tone(400) + tone(3500))[None], 16000, ["High", "Low"]).report
     assert "no checkpoint 'none-such'" in caplog.text
+    assert report["network_evaluations"] == 2 * 2 * 2 + 2 * 4 * len(LABEL_NOISE)
+    assert "tagger" not in report["models"]
 
 
 def adds_up(parts, wave):

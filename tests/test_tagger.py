@@ -60,6 +60,38 @@ def test_tags_of_mixtures(manifest):
         mixtures[12]
 
 
+def test_faint_sources_count_for_nothing(manifest):
+    tagger = Tagger(["High", "Low"])
+    dataset = MixtureDataset(read_manifest(manifest, split="train"), "2sound", 30, 0, 1.0, classes=tagger.classes)
+    mixtures = TaggedMixtures([dataset], tagger.labels, alone=0.5)
+    kept = []
+    for index in range(30):
+        item, known = mixtures[index], dataset[index]
+        heard = [label for label, tag in zip(tagger.labels, item["tags"]) if tag]
+        if torch.equal(item["mixture"], known["mixture"]):
+            assert set(heard) == {"sound", "second sound", *known["names"]}
+            continue
+        (name,) = set(heard) - {"sound"}
+        loud = known["sources"][known["names"].index(name)]
+        left = (item["mixture"] - loud).square().mean() / (known["mixture"] - loud).square().mean()
+        assert -25 <= 10 * left.log10() <= -5
+        kept.append(known["names"].index(name))
+    assert 8 < len(kept) < 22
+    assert set(kept) == {0, 1}
+    with pytest.raises(UsageError, match=r"alone is a share, 0\.\.1, got 2"):
+        TaggedMixtures([dataset], tagger.labels, alone=2)
+
+
+def test_how_well_stems_fit_classes():
+    tagger = Tagger(["Bell", "Dog"]).eval()
+    stems = torch.randn(2, 3, RATE)
+    odds = tagger(stems.flatten(0, 1)).logit().view(2, 3, -1)
+    fits = tagger.fits(stems, ["dog", "sound", "BELL"])
+    assert torch.allclose(fits, torch.stack((odds[..., 6], 0 * odds[..., 0], odds[..., 5]), -1), atol=1e-5)
+    assert tagger.knows(["bell", "Speech"])
+    assert not tagger.knows(["bell", "second sound"])
+
+
 def test_choice():
     tagger = Tagger(["Bell", "Dog", "Rain"], threshold=0.4)
     everything = ["speech", "sound", "bell", "dog", "rain"]
@@ -97,7 +129,12 @@ def trained(manifest, tmp_path_factory):
         prior = Prior(TriplePathUNet(num_classes=len(classes), **small), ve(), classes=classes, kind=kind)
         hub.save_prior(prior, root / kind, {})
     tables = {
-        "tagger": {"of": str(root / "sound"), "width": 8, "tasks": ["1speech", "1speech+1sound", "2sound", "1sound"]},
+        "tagger": {
+            "of": str(root / "sound"),
+            "width": 8,
+            "tasks": ["1speech", "1speech+1sound", "2sound", "1sound", "2sound"],
+            "alone": 0.3,
+        },
         "data": {"manifest": str(manifest), "segment": 1.0},
         "train": {"max_steps": 60, "batch_size": 8, "learning_rate": 1e-2, "warmup": 5, "ema": 0.9, "probe_every": 60},
         "probe": {"mixtures": 10},
@@ -110,6 +147,7 @@ def test_a_recipe_becomes_a_tagger_that_is_right(trained):
     config = hub.read_config(trained / "tagger")
     assert [row["task"] for row in config["metrics"]] == ["1speech+1sound", "2sound"]
     assert all(row["numbers of voices and sounds right"] >= 0.8 for row in config["metrics"])
+    assert config["metrics"][1]["all stems told apart"] == 1.0
     assert all(row["sounds called by a class"] >= 0.8 and row["rightly"] >= 0.8 for row in config["metrics"])
     tagger = hub.load_model(trained / "tagger")
     assert 0 < tagger.threshold < 1
