@@ -334,8 +334,11 @@ def _check_names(plan: Plan, tables: Mapping[str, Any], separators: Mapping[str,
     """UsageError for a task or a separator that is asked for and isn't there: nothing is silently left out."""
     for name, table in tables.items():
         tasks = table.get("tasks", plan.tasks)
-        if isinstance(tasks, str) or not set(tasks) <= set(plan.tasks):
+        # Of a recipe's tasks some may be run alone.
+        if isinstance(tasks, str) or not set(tasks) & set(plan.tasks):
             raise UsageError(f"separators.{name}.tasks is a list of some of {list(plan.tasks)}, got {tasks!r}")
+        for task in tasks:
+            parse_task(task)
     unknown = set(plan.page or ()) - set(separators) - set(tables)
     if unknown:
         raise UsageError(f"page names separators that the recipe hasn't: {', '.join(sorted(unknown))}")

@@ -235,6 +235,9 @@ def test_an_ideal_mask_is_an_oracle(manifest):
 
 
 def test_several_separators_on_the_same_mixtures(manifest, tmp_path):
+    recipe = tables(manifest)
+    recipe["separators"] = {"a": {"type": "unprocessed", "tasks": ["1speech+1sound", "2speech"]}}
+    assert [summary["task"] for summary in evaluate.run(recipe)] == ["1speech+1sound"]
     recipe = tables(manifest, published={"paper": {"1speech+1sound": {"si_sdr_permuted": 14.31}}})
     recipe["separators"]["mixture"] = {"type": "unprocessed"}
     recipe["separators"]["few"] = {"type": "unprocessed", "count": 2}
@@ -322,7 +325,11 @@ def test_what_a_recipe_gets_wrong(manifest):
     refused("count is at least 1", count=0)
     refused("needs 3 speakers", tasks=["3speech"])
     refused("a.tasks is a list of some of", separators={"a": {"type": "unprocessed", "tasks": ["2speech"]}})
+    refused("2dogs", separators={"a": {"type": "unprocessed", "tasks": ["1speech+1sound", "2dogs"]}})
     refused("page names separators that the recipe hasn't: b", page=["b"])
+    recipe = tables(manifest)
+    recipe["separators"] = {"a": {"type": "unprocessed", "tasks": ["1speech+1sound", "2speech"]}}
+    assert [summary["task"] for summary in evaluate.run(recipe)] == ["1speech+1sound"]
     recipe = tables(manifest, published={"paper": {"1speech+1sound": {"sisdr": 3.0}}})
     with pytest.raises(UsageError, match=r"paper\.1speech\+1sound: no column sisdr"):
         evaluate.run(recipe)

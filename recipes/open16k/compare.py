@@ -1,7 +1,10 @@
-"""What the default sampler has over the earlier one (results/earlier-sampler), on the mixtures that both separated.
+"""What the shipped default has over earlier ones (results/earlier/*), on the mixtures that both separated.
 
-The same weights, seeds and recordings. Writes results/earlier-sampler/differences.jsonl: SI-SDR in dB, mean of both and
-of the paired difference, with its 95 % interval. Run: python recipes/open16k/compare.py
+- deterministic: the sampler that renewed no noise; sounds as they came out; priors with 6,052 (speech) and 6,630 steps.
+- named-by-priors: the sampler of now; each sound given to the class under which its prior errs least; the same priors.
+
+The same seeds and recordings. Writes results/earlier/differences.jsonl: SI-SDR in dB, mean of both and of the paired
+difference, with its 95 % interval. Run: python recipes/open16k/compare.py
 """
 
 from __future__ import annotations
@@ -20,13 +23,14 @@ RESULTS = Path(__file__).parent / "results"
 def rows(folder: Path) -> dict[int, dict[str, Any]]:
     """Rows of an evaluation of one task by the mixture's number."""
     lines = (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines()
-    return {row["index"]: row for row in map(json.loads, lines)}
+    found = [json.loads(line) for line in lines if line]
+    return {row["index"]: row for row in found if "error" not in row}
 
 
 def main() -> None:
     """Write the file."""
     found = []
-    for earlier in sorted(path for path in (RESULTS / "earlier-sampler").iterdir() if path.is_dir()):
+    for earlier in sorted(path.parent for path in RESULTS.glob("earlier/*/*/rows.jsonl")):
         before, now = rows(earlier), rows(RESULTS / earlier.name)
         both = [i for i in now if i in before and now[i]["ids"] == before[i]["ids"]]
         for score in ("si_sdr", "si_sdr_permuted"):
@@ -34,10 +38,10 @@ def main() -> None:
             low, high = paired_interval(new, old)
             numbers = {"default": new.mean(), "earlier": old.mean(), "difference": (new - old).mean()}
             numbers |= {"low": low, "high": high}
-            about = {"task": earlier.name, "score": score, "mixtures": len(both)}
+            about = {"earlier": earlier.parent.name, "task": earlier.name, "score": score, "mixtures": len(both)}
             found.append(about | {key: round(float(value), 2) for key, value in numbers.items()})
     text = "\n".join(json.dumps(row) for row in found)
-    (RESULTS / "earlier-sampler/differences.jsonl").write_text(text + "\n", encoding="utf-8")
+    (RESULTS / "earlier/differences.jsonl").write_text(text + "\n", encoding="utf-8")
     print(text)
 
 
