@@ -1,7 +1,7 @@
 """What the shipped default has over earlier ones (results/earlier/*), on the mixtures that both separated.
 
-- deterministic: the sampler that renewed no noise; sounds as they came out; priors with 6,052 (speech) and 6,630 steps.
-- named-by-priors: the sampler of now; each sound given to the class under which its prior errs least; the same priors.
+- deterministic: the sampler that renewed no noise; sounds as they came out; the sound prior after 6,630 steps.
+- named-by-priors: the sampler of now; each sound given to the class under which that prior errs least.
 
 The same seeds and recordings. Writes results/earlier/differences.jsonl: SI-SDR in dB, mean of both and of the paired
 difference, with its 95 % interval. Run: python recipes/open16k/compare.py
