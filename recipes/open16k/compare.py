@@ -36,7 +36,7 @@ def main() -> None:
         for score in ("si_sdr", "si_sdr_permuted"):
             new, old = (np.array([np.mean(table[i][score]) for i in both]) for table in (now, before))
             low, high = paired_interval(new, old)
-            numbers = {"default": new.mean(), "earlier": old.mean(), "difference": (new - old).mean()}
+            numbers = {"default": new.mean(), "before": old.mean(), "difference": (new - old).mean()}
             numbers |= {"low": low, "high": high}
             about = {"earlier": earlier.parent.name, "task": earlier.name, "score": score, "mixtures": len(both)}
             found.append(about | {key: round(float(value), 2) for key, value in numbers.items()})
