@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -355,7 +356,12 @@ def test_two_processes_have_the_losses_and_weights_of_one(tmp_path):
     for budget in (7, 12):  # the second launch resumes
         changes = {"max_steps": budget, "decay": "constant", "save_every": 7}
         environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        subprocess.run([*command, str(folder), repr(changes)], check=True, env=environment, stdout=subprocess.DEVNULL)
+        launch = partial(
+            subprocess.run, [*command, str(folder), repr(changes)], env=environment, stdout=subprocess.DEVNULL
+        )
+        # torch's threads sometimes abort a process at its very end; the same launch then goes on where it was.
+        if launch().returncode:
+            launch(check=True)
     go(tmp_path / "constant", decay="constant")
     two, one = read_log(folder), read_log(tmp_path / "constant")
     assert [row["step"] for row in two] == [row["step"] for row in one]
