@@ -129,10 +129,10 @@ def match(similarity: Tensor) -> tuple[list[int], float]:
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
-    """Cosine similarity (k, k) of the rows of a and b (k, n); zero where a row is silent."""
-    a = a / (a.norm(dim=1, keepdim=True) + 1e-12)
-    b = b / (b.norm(dim=1, keepdim=True) + 1e-12)
-    return a @ b.T
+    """Cosine similarity (..., k, k) of the rows of a and b (..., k, n); zero where a row is silent."""
+    a = a / (a.norm(dim=-1, keepdim=True) + 1e-12)
+    b = b / (b.norm(dim=-1, keepdim=True) + 1e-12)
+    return a @ b.mT
 
 
 def embed(stems: Tensor) -> Tensor:

@@ -193,8 +193,8 @@ class TaggedMixtures(Dataset[dict[str, Tensor]]):
 
 
 def _block(into: int, out: int) -> nn.Sequential:
-    # Statistics of the batch, though they make training depend on how it is split: with groups of channels instead it
-    # told 67 % of pairs of stems apart after four minutes, so it 90 %.
+    # Statistics of the batch, though they make training depend on how it is split: with those of groups of channels it
+    # learned to tell stems apart several times more slowly.
     return nn.Sequential(
         nn.Conv2d(into, out, 3, stride=2, padding=1, bias=False),
         nn.BatchNorm2d(out),
