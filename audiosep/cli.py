@@ -159,6 +159,9 @@ def separate(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same stems.")] = 0,
     dtype: Annotated[Dtype, typer.Option(help="Number format of the network.")] = Dtype.auto,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Faster networks after a minute or two: for much to separate.")
+    ] = False,
     format: Annotated[str, typer.Option(help="Format of the stems: wav, flac, ogg, opus, mp3, aiff, w64, ...")] = "wav",
     subtype: Annotated[
         str | None,
@@ -217,6 +220,7 @@ def separate(
             _split(model),
             device=device,
             dtype=dtype.value,
+            compile=compile,
             preset=preset.value,
             sampler=sampler and sampler.value,
             steps=steps,

@@ -35,7 +35,7 @@ from audiosep.separator import (
 __all__ = ["Direct", "Model", "load"]
 
 # What only a sampler has.
-SAMPLERS_OWN = ("preset", "sampler", "steps", "samples", "combine", "sampling", "mixing", "checkpointing")
+SAMPLERS_OWN = ("preset", "sampler", "steps", "samples", "combine", "sampling", "mixing", "checkpointing", "compile")
 
 # Methods without a checkpoint.
 WITHOUT_WEIGHTS = {"spectral-gating": SpectralGating}

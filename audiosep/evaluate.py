@@ -157,6 +157,7 @@ def _checkpoints(
     consistent: bool = True,
     batch: int | None = None,
     checkpointing: bool | None = None,
+    compile: bool = False,
     dtype: str = "auto",
     device: str = "auto",
 ) -> Separates:

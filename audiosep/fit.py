@@ -140,8 +140,11 @@ def _fit_tagger(tables: Mapping[str, Any], out: Path, **how: Any) -> dict[str, A
     torch.manual_seed(options.seed)
     table = dict(tables["tagger"])
     prior, tasks = hub.load_prior(table.pop("of", "sound")), table.pop("tasks", TAGGED_TASKS)
-    alone = table.pop("alone", 0.0)
+    alone, start = table.pop("alone", 0.0), table.pop("start", None)
     tagger = build(Tagger, table, "tagger", classes=prior.classes, sample_rate=prior.sample_rate)
+    started = _started(start)
+    if start is not None:
+        _start_tagger(tagger, start)
     data = _Data(tables, kind=None)
     count = -(-(options.max_steps or FOREVER) * options.batch_size // len(tasks))
     mixtures = data.tagged(data.train, tagger, tasks, count, options.seed, alone)
@@ -152,7 +155,7 @@ def _fit_tagger(tables: Mapping[str, Any], out: Path, **how: Any) -> dict[str, A
         assert isinstance(average, Tagger)
         rows = train.read_log(run_folder(out))
         average.threshold = probe.last(rows).get("threshold", tagger.threshold)
-        facts = _facts(options, mixtures.segment, facts, average)
+        facts = _facts(options, mixtures.segment, facts, average) | started
         hub.save_model(average, out, {**data.card(), **card, "metrics": probe.metrics(rows), "training": facts})
 
     about = {"tagger": json.loads(json.dumps(tagger.config)), "recordings": data.fingerprint()}
@@ -215,6 +218,14 @@ def _start(prior: Prior, other: Prior, name: str) -> None:
     except RuntimeError as error:
         reason = str(error).splitlines()[1].strip()
         raise UsageError(f"prior.start: {name} is another network than the recipe's: {reason}") from error
+
+
+def _start_tagger(tagger: Tagger, name: str) -> None:
+    """Take over the weights of the tagger `name`, which must hear the same labels through the same network."""
+    other = hub.load_model(name)
+    if not isinstance(other, Tagger) or other.labels != tagger.labels or other.width != tagger.width:
+        raise UsageError(f"tagger.start: {name} is no tagger of the recipe's classes and width")
+    tagger.load_state_dict(other.state_dict())
 
 
 def _started(name: str | None) -> dict[str, Any]:

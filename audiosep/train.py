@@ -21,7 +21,6 @@ import math
 import os
 import signal
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +35,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from audiosep import distributed
 from audiosep.errors import AudiosepError, UsageError
+from audiosep.prior import allow_versions
 from audiosep.progress import Callback
 
 __all__ = ["LOG", "STATE", "Options", "compile_blocks", "read_log", "train"]
@@ -418,12 +418,9 @@ def read_log(folder: str | Path) -> list[dict[str, Any]]:
 def compile_blocks(model: nn.Module, backend: str = "inductor") -> None:
     """Compile the members of every ModuleList that have parts of their own, in place; names of weights stay.
 
-    Blocks of one class share compiled code, one version per width, precision and shape: more versions than torch
-    allows by default, beyond which it would silently run uncompiled.
+    Blocks of one class share compiled code, one version per width, precision and shape.
     """
-    # The cached tables of rotary positions are computed in the compiled block.
-    warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    allow_versions()
     for parent in model.modules():
         if isinstance(parent, nn.ModuleList):
             for block in parent:

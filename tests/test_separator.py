@@ -434,6 +434,32 @@ def test_devices_that_are_not_there_are_refused():
             choose_device("cuda")
 
 
+@pytest.mark.parametrize("sampler", ["mmps", "hybrid"])
+def test_compiled_networks_give_the_same_stems(make, monkeypatch, sampler):
+    wave = 0.1 * torch.randn(1, 8000, generator=torch.Generator().manual_seed(0))
+    plain = make(sampler=sampler, dtype="float32")(wave, 16000, ["speech", "Bark"])
+    compiled, compile_in_place = [], torch.nn.Module.compile
+
+    def without_inductor(module, **options):
+        compiled.append(module)
+        compile_in_place(module, backend="aot_eager", **options)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", without_inductor)
+    torch._dynamo.reset()
+    separator = make(sampler=sampler, dtype="float32", compile=True)
+    found = separator(wave, 16000, ["speech", "Bark"])
+    torch._dynamo.reset()
+    assert compiled == [prior.backbone for prior in separator.priors.values()]
+    for name, stem in plain.sources.items():
+        torch.testing.assert_close(found.sources[name], stem, atol=1e-4, rtol=1e-3)
+
+
+def test_compiling_needs_a_compiler(make, monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(UsageError, match=r"install g\+\+, or go without"):
+        make(compile=True)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("sampler", ["mmps", "hybrid"])
 def test_cuda_equals_the_cpu(tiny_prior, sampler):
