@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import warnings
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -37,16 +36,6 @@ def placed(value: Tensor, like: Tensor) -> Tensor:
 def precision(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:
     """Where a network runs: mixed precision, unless it is float32."""
     return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
-
-
-def allow_versions() -> None:
-    """Let torch.compile make as many versions of one network as are needed, without notes on what it can't cache.
-
-    Beyond the number that it allows by default it would silently run uncompiled.
-    """
-    warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
-    warnings.filterwarnings("ignore", message="Torchinductor does not support code generation for complex operators")
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
 
 
 class Denoiser(Protocol):
@@ -134,11 +123,6 @@ class Prior(nn.Module):
             return False
         self.backbone.checkpointing = on  # type: ignore[assignment]
         return True
-
-    def compile_backbone(self) -> None:
-        """Have torch.compile make the backbone faster, in place: the first pass of each batch size and length waits."""
-        allow_versions()
-        self.backbone.compile(dynamic=False)
 
     def denoise(self, x_t: Tensor, t: Tensor, label: Tensor | None = None, schedule: Schedule | None = None) -> Tensor:
         """Expected clean signal given a noisy one.

@@ -34,11 +34,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from audiosep import distributed
+from audiosep.compiling import compile_blocks
 from audiosep.errors import AudiosepError, UsageError
-from audiosep.prior import allow_versions
 from audiosep.progress import Callback
 
-__all__ = ["LOG", "STATE", "Options", "compile_blocks", "read_log", "train"]
+__all__ = ["LOG", "STATE", "Options", "read_log", "train"]
 
 STATE, LOG = "state.safetensors", "log.jsonl"
 LEVELS = 8  # bins of the noise level in the log
@@ -413,19 +413,6 @@ def read_log(folder: str | Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in (Path(folder) / LOG).read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError) as error:
         raise UsageError(f"{folder}: no log of a run: {error}") from error
-
-
-def compile_blocks(model: nn.Module, backend: str = "inductor") -> None:
-    """Compile the members of every ModuleList that have parts of their own, in place; names of weights stay.
-
-    Blocks of one class share compiled code, one version per width, precision and shape.
-    """
-    allow_versions()
-    for parent in model.modules():
-        if isinstance(parent, nn.ModuleList):
-            for block in parent:
-                if any(True for _ in block.children()):
-                    block.compile(backend=backend, dynamic=False)
 
 
 class _Loss(nn.Module):

@@ -18,6 +18,7 @@ LAYERS = {
     "distributed": 0,
     "recipe": 0,
     "progress": 0,
+    "compiling": 0,
     "mixing": 1,
     "losses": 1,
     "operators": 1,

@@ -16,10 +16,11 @@ from torch import nn
 
 from audiosep import train as module
 from audiosep.backbones.triple_path_unet import TriplePathUNet
+from audiosep.compiling import compile_blocks
 from audiosep.errors import AudiosepError, UsageError
 from audiosep.prior import Prior
 from audiosep.schedules import ve
-from audiosep.train import LOG, STATE, Options, compile_blocks, read_log, train
+from audiosep.train import LOG, STATE, Options, read_log, train
 
 pytest.importorskip("accelerate")
 pytest.importorskip("tensorboard")
