@@ -322,7 +322,7 @@ def _trials(plan: Plan, tables: Mapping[str, Any], given: Mapping[str, Separates
                 "labels": labels,
                 "metrics": sorted(plan.metrics),
                 "options": {key: str(value) for key, value in sorted(own.items())} if settings is None else settings,
-                "weights": _weights(separator, tagged=labels and dataset.n_sound > 1),
+                "weights": _weights(separator, tagged=dataset.n_sound > 0 and (labels or dataset.n_speech > 0)),
                 "items": dataset.fingerprint(),
             }
             stems = out / "stems" if out is not None and plan.stems else None

@@ -558,9 +558,7 @@ class Job:
     def _prepare(self) -> int:
         """Make what separates ready; how many steps it takes per sample."""
         self.sampler = self.separator.sampler_for(self.sources)
-        # Sources of one prior that differ by their class alone.
-        same = _alike(source.prior for source in self.sources) if self.separator.exchanges else []
-        self.classed = [group for group in same if len({self.sources[k].label for k in group}) > 1]
+        self.exchanged = self._exchanged()
         steps = len(self.sampler.times)
         if self.sampler.evaluations > steps:
             log.warning(
@@ -569,6 +567,18 @@ class Job:
                 self.sampler.evaluations // steps,
             )
         return steps
+
+    def _exchanged(self) -> list[list[int]]:
+        """Positions of sources that may be found in each other's places, a list for each group.
+
+        All of them, where the tagger knows them; otherwise those of one prior, which differ by their class alone.
+        """
+        everyone = list(range(len(self.sources)))
+        if not self.separator.exchanges:
+            return []
+        alone = _alike(source.prior for source in self.sources)
+        groups = alone if self._tagger_of(everyone) is None else [everyone]
+        return [group for group in groups if len(set(self._classes(group))) > 1]
 
     def run(self, blocks: Iterable[np.ndarray]) -> Iterator[Piece]:
         """Separate a stream of blocks (C, n)."""
@@ -665,7 +675,7 @@ class Job:
             # The channels of a segment share their noise, so that identical channels give identical stems.
             seeds = [mix_seed(separator.seed, self.segments + i // each, sample) for i in range(len(rows))]
             found.append(self._run_sampler(rows * gain, Noise(seeds), count))
-        if self.classed:
+        if self.exchanged:
             found = self._by_class(found, each)
         drawn, scores = [], []
         for x in found:
@@ -696,14 +706,14 @@ class Job:
 
     @torch.no_grad()
     def _by_class(self, samples: Sequence[Tensor], channels: int = 1) -> list[Tensor]:
-        """Samples (S * C, K, N), their estimates exchanged among the sources of one prior so that each fits its class.
+        """Samples (S * C, K, N), their estimates exchanged among the sources so that each fits its class.
 
-        A sampler tells two sounds apart better than it names them. What each sample and channel of a segment says of
+        A sampler tells sounds apart better than it names them. What each sample and channel of a segment says of
         its estimates counts for those of the first as far as they sound alike; the others then follow the first, unless
         theirs fit better otherwise.
         """
         parts = [part for x in samples for part in x.unflatten(0, (-1, channels)).unbind(1)]  # (S, K, N)
-        for members in self.classed:
+        for members in self.exchanged:
             first, *others = (x[:, members] for x in parts)
             fits = [self._fits(x, members) for x in (first, *others)]
             alike = [(LIKENESS * cosine(first, x)).softmax(-1) for x in others]
@@ -724,7 +734,8 @@ class Job:
         """
         tagger = self._tagger_of(members)
         if tagger is not None:
-            return tagger.fits(x, self._classes(members))
+            # In 1/1024 nat, of which sums are exact: equal classes are to stay in the order as they come.
+            return (1024 * tagger.fits(x, self._classes(members))).round() / 1024
         n = len(members)
         # Pair i n + j is estimate i under the class of source j.
         pairs = JointPrior([self.sampler.prior.sources[j] for _ in members for j in members], self.separator.dtype)
@@ -865,7 +876,7 @@ class Job:
         """The report's part on what separated."""
         separator = self.separator
         models: dict[str, Any] = {name: {"name": name, **prior.origin} for name, prior in separator.priors.items()}
-        if separator.tagger is not None and any(self._tagger_of(group) for group in self.classed):
+        if separator.tagger is not None and any(self._tagger_of(group) for group in self.exchanged):
             models.setdefault(TAGGER, {"name": TAGGER, **separator.tagger.origin})
         return {
             "models": models,

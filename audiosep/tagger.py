@@ -106,14 +106,16 @@ class Tagger(nn.Module):
     def fits(self, stems: Tensor, names: Sequence[str]) -> Tensor:
         """How well each of stems (B, K, N) fits each of J names, in nats (B, K, J).
 
-        Of a class it is the logarithm of its odds: as the labels are independent, log p of this class and no other is
-        that, but for a constant of the stem. A kind is no class: 0.
+        As the labels are independent, log p of a stem's own labels and no others is the sum of their log-odds, but for
+        a constant of the stem: those of "speech", of "sound", or of "sound" and the class.
         """
         odds = self(stems.flatten(0, 1)).float().logit(eps=1e-6).unflatten(0, stems.shape[:2])
-        labels = {label.casefold(): len(self.labels) - len(self.classes) + i for i, label in enumerate(self.classes)}
-        index = [labels.get(name.casefold()) for name in names]
-        zero = odds.new_zeros(odds.shape[:2])
-        return torch.stack([zero if i is None else odds[..., i] for i in index], -1)
+        index = {label.casefold(): i for i, label in enumerate(self.labels)}
+        fits = []
+        for name in names:
+            own = odds[..., index[name.casefold()]]
+            fits.append(own if name.casefold() in COUNTS else own + odds[..., index["sound"]])
+        return torch.stack(fits, -1)
 
     def choose(self, scores: Sequence[float], allowed: Sequence[str]) -> list[str]:
         """Names of the sources that are heard, two at least, from the scores (L,) of all labels.

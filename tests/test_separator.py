@@ -72,8 +72,8 @@ class Ears(Tagger):
     def forward(self, mixture):
         power = torch.fft.rfft(mixture).abs().square()
         low, unsure, high = (power[:, int(f * mixture.shape[1] / 16000)] for f in (400, 2000, 3500))
-        odds = torch.stack([0 * low] * 5 + [(low - high) / (low + high + unsure)] * 2, 1)
-        return (torch.tensor([1, 1, 1, 1, 1, 4.0, -4.0]) * odds).sigmoid()
+        odds = torch.stack([(low - high) / (low + high + unsure)] * 7, 1)
+        return (torch.tensor([4.0, 0, 0, 0, 0, 4.0, -4.0]) * odds).sigmoid()
 
 
 def tone(frequency, level=0.1):
@@ -104,8 +104,28 @@ def test_a_tagger_that_knows_the_classes_tells_them_apart(ears):
     # Of three, two of one class: they stay as they come.
     three = torch.stack((low, 0.5 * low, high))
     assert torch.equal(told(three[None, None], ("Low", "High", "Low")), three[[0, 2, 1]][None, None])
-    # The null class has nothing to say, the other class says it all.
+    # Any sound is a sound, the other class says it all.
     assert torch.equal(told(wrong[None, None], ("sound", "Low")), right[None, None])
+
+
+def test_a_voice_is_told_from_a_sound_of_another_prior(ears):
+    """Ears take the tone of 400 Hz for speech, too."""
+    voice, other = tone(400), tone(3500)
+    right, wrong = torch.stack((voice, other)), torch.stack((other, voice))
+
+    def told(names, **options):
+        priors = {
+            kind: Prior(Bands(), ve(), classes=classes, kind=kind, parameterization="direct")
+            for kind, classes in (("speech", ()), ("sound", ("Low", "High")))
+        }
+        separator = Separator(priors, device="cpu", dtype="float32", **options)
+        job = Job(separator, separator.resolve(names), 16000, 16000, None, True)
+        return job._by_class([wrong[None]])[0][0]
+
+    assert torch.equal(told(["speech", "High"]), right)
+    assert torch.equal(told(["speech", "sound"]), right)
+    assert torch.equal(told(["speech", "speech"]), wrong)
+    assert torch.equal(told(["speech", "High"], preset="published"), wrong)
 
 
 def test_samples_and_channels_tell_each_other(ears):
