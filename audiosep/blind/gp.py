@@ -67,9 +67,6 @@ FIT_SAMPLES = 4000
 FIT_TOLERANCE = 1e-7  # of the likelihood (some 1000 nats) in a step of a fit, the last one
 FINALISTS = 2  # processes that are fitted after a survey of all, beside the best periodic one
 FADE = 0.1  # share of the recording that is faded in and out before its spectrum is taken
-# A fit without noise is kept unless noise makes the source likelier by more than this (in nats): white noise has a line
-# at the best of all frequencies that gains the logarithm of their number.
-EVIDENCE = 12.0
 
 
 def correlation(kernel: str, lag: Tensor, length_scale: Tensor, frequency: Tensor | float = 0.0) -> Tensor:
@@ -184,22 +181,14 @@ def fit(
     if not power > 0:
         raise UsageError("a silent source has no process to fit")
     unit = torch.from_numpy(np.ascontiguousarray(s / np.sqrt(power)))[None]
-    known = None if noise is None else noise / power
-    peak = spectral_peak(s) if modulated else 0.0
-
-    def likeliest(level: float | None) -> Process:
-        if near is None:
-            survey = _survey(unit[0].numpy(), kernels, peak, level)
-            finalists = [p for p in survey if p.kernel not in PERIODIC][:FINALISTS]
-            finalists += [p for p in survey if p.kernel in PERIODIC][:1]
-        else:
-            finalists = [replace(near, variance=near.variance / power, noise=near.noise / power)]
-        return min((_climb(unit, p, level, max_iter) for p in finalists), key=lambda p: p.nll)
-
-    best = likeliest(known)
-    if noise is None:
-        clean = likeliest(0.0)
-        best = clean if clean.nll < best.nll + EVIDENCE else best
+    level = None if noise is None else noise / power
+    if near is None:
+        survey = _survey(unit[0].numpy(), kernels, spectral_peak(s) if modulated else 0.0, level)
+        finalists = [p for p in survey if p.kernel not in PERIODIC][:FINALISTS]
+        finalists += [p for p in survey if p.kernel in PERIODIC][:1]
+    else:
+        finalists = [replace(near, variance=near.variance / power, noise=near.noise / power)]
+    best = min((_climb(unit, p, level, max_iter) for p in finalists), key=lambda p: p.nll)
     nll = best.nll + len(s) / 2 * float(np.log(power))
     return replace(best, variance=best.variance * power, noise=best.noise * power, nll=nll)
 

@@ -24,6 +24,9 @@ Array = NDArray[np.float64]
 ROUNDS = 5  # of refining the mixing and fitting the processes anew
 SMALL_CHANGE, LARGE_CHANGE = 0.01, 0.1  # of the mixing in a round: the last one; one that asks for other kernels
 CURVATURE_NUMBERS = 2_000_000  # of covariances held at once
+# Noise is taken to be none unless it makes the sources likelier by more than this for each (in nats): white noise has a
+# line at the best of all frequencies that gains the logarithm of their number.
+EVIDENCE = 12.0
 NOISE_THAT_COUNTS = 1e-3  # of a source's power: with less the mixing is left as the method found it
 
 
@@ -119,13 +122,17 @@ def noise_and_processes(
     if spare > 0:
         noise = float(np.sum((X - Y @ mixing.T) ** 2)) / (samples * spare)
         return noise, tuple(gp.fit(y, names, noise=noise * g, near=p) for y, g, p in zip(Y.T, gains, starts))
-    # A source that is white itself can't be told from noise: the smoothest source bounds the noise of all.
-    free = [gp.fit(y, names, near=p) for y, p in zip(Y.T, starts)]
+    # A source that is white itself can't be told from noise: the smoothest source bounds the noise of all, and all of
+    # them together tell whether there is any.
+    clean, free = ([gp.fit(y, names, noise=v, near=p) for y, p in zip(Y.T, starts)] for v in (0.0, None))
     noise = min(p.noise / gain for p, gain in zip(free, gains))
-    return noise, tuple(
+    noisy = [
         p if p.noise <= 1.05 * noise * gain else gp.fit(y, names, noise=noise * gain, near=p)
         for p, y, gain in zip(free, Y.T, gains)
-    )
+    ]
+    if sum(p.nll for p in noisy) < sum(p.nll for p in clean) - EVIDENCE * len(gains):
+        return noise, tuple(noisy)
+    return 0.0, tuple(clean)
 
 
 @dataclass(frozen=True)
