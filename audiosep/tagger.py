@@ -34,7 +34,7 @@ __all__ = ["COUNTS", "TaggedMixtures", "Tagger"]
 # Labels beside the classes of sound: the first is there from one such source on, the second from two on, ...
 COUNTS = {"speech": ("speech", "second speech"), "sound": ("sound", "second sound", "third sound")}
 HEARD = 0.5  # score from which a voice or a sound is there
-FAINT = (0.0, 25.0)  # dB that what counts for nothing lies under the rest
+FAINT = (5.0, 25.0)  # dB that what counts for nothing lies under the rest
 
 
 class Tagger(nn.Module):
