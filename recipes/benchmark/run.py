@@ -33,11 +33,21 @@ NETWORKS: dict[str, dict[str, Any]] = {
 PRESETS = ("default", "published")
 
 
-def measure(network: str, preset: str, device: str, dtype: str, batch: int, steps: int, checkpointing: bool) -> dict:
+def measure(
+    network: str,
+    preset: str,
+    device: str,
+    dtype: str,
+    batch: int,
+    steps: int,
+    checkpointing: bool = False,
+    compile: bool = False,
+) -> dict[str, Any]:
     """One case: seconds per step of `batch` segments of two sources, and the peak memory."""
     import torch
 
     from audiosep.backbones.triple_path_unet import TriplePathUNet
+    from audiosep.compiling import compile_network
     from audiosep.prior import JointPrior, Prior
     from audiosep.samplers import SAMPLES, Noise, build
     from audiosep.schedules import ve, vp_linear
@@ -47,6 +57,8 @@ def measure(network: str, preset: str, device: str, dtype: str, batch: int, step
         net = TriplePathUNet(num_classes, **NETWORKS[network], checkpointing=checkpointing)
         form, schedule = ("eps", vp_linear()) if network == "published" else ("edm", ve())
         prior = Prior(net, schedule, parameterization=form).to(device).eval().requires_grad_(False)
+        if compile:
+            compile_network(net, torch.device(device))
         priors.append((prior, 0))
     full = len(build(JointPrior(priors), preset=preset).times) * SAMPLES[preset]  # evaluations per source
     sampler = build(JointPrior(priors), preset=preset, steps=steps + 1)
@@ -70,6 +82,7 @@ def measure(network: str, preset: str, device: str, dtype: str, batch: int, step
         "device": torch.cuda.get_device_name() if device != "cpu" else f"CPU, {torch.get_num_threads()} threads",
         "dtype": dtype,
         "checkpointing": checkpointing,
+        "compiled": compile,
         "segments": batch,
         "step_s": round(step, 4),
         "evaluations_per_source": full,
@@ -83,13 +96,14 @@ def measure(network: str, preset: str, device: str, dtype: str, batch: int, step
 def cases(device: str) -> list[dict[str, Any]]:
     """What is measured on a device."""
     if device == "cpu":
-        common = {"device": device, "dtype": "float32", "batch": 1, "checkpointing": False}
-        return [
-            {"network": "small", "preset": "default", "steps": 8, **common},
-            {"network": "small", "preset": "published", "steps": 4, **common},
-            {"network": "published", "preset": "default", "steps": 1, **common},
-            {"network": "published", "preset": "published", "steps": 1, **common, "checkpointing": True},
+        common: dict[str, Any] = {"device": device, "batch": 1}
+        both = [
+            {"network": "small", "preset": preset, "steps": steps, "dtype": dtype, "compile": compile, **common}
+            for preset, steps in (("default", 8), ("published", 4))
+            for dtype, compile in (("float32", False), ("bfloat16", False), ("bfloat16", True))
         ]
+        large = {"network": "published", "steps": 1, "dtype": "float32", **common}
+        return [*both, {**large, "preset": "default"}, {**large, "preset": "published", "checkpointing": True}]
     return [
         {
             "network": network,
@@ -98,11 +112,11 @@ def cases(device: str) -> list[dict[str, Any]]:
             "dtype": dtype,
             "batch": batch,
             "steps": 10,
-            "checkpointing": False,
+            "compile": compile,
         }
         for network in NETWORKS
         for preset in PRESETS
-        for dtype in ("float32", "bfloat16")
+        for dtype, compile in (("float32", False), ("bfloat16", False), ("bfloat16", True))
         for batch in (1, 8)
     ]
 
