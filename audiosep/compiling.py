@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
-import os
-import shutil
+import types
 import warnings
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from audiosep.errors import UsageError
 
 VERSIONS = 64  # of one piece of code, by width, precision and shape; beyond torch's own limit it would run uncompiled
 
 
-def compile_network(network: nn.Module, device: torch.device) -> None:
-    """Compile the whole of a network for one device; the first pass of each batch size and length waits.
+def compile_network(network: nn.Module, device: torch.device, length: int) -> None:
+    """Compile a network for signals (B, length) on a device; the first pass of each B waits. Others run as they did.
+
+    Each length would be compiled anew, and recordings end in pieces of any length.
 
     Raises:
         UsageError: torch can't compile for this device here.
     """
-    compilers = (os.environ.get("CXX", "g++"), "clang++", "cl")
-    if device.type == "cpu" and not any(map(shutil.which, compilers)):
-        raise UsageError("compiling needs a C++ compiler, and none is installed: install g++, or go without")
-    if device.type not in ("cpu", "cuda"):
-        raise UsageError(f"compiling is for CUDA and CPUs: go without it on {device.type}")
     _prepare()
-    network.compile(dynamic=False)
+    try:
+        torch.compile(lambda x: x.sin() + x.cos(), dynamic=False)(torch.zeros(64, device=device))
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UsageError(f"torch can't compile for {device} here, go without: {reason}") from error
+    plain = types.MethodType(type(network).forward, network)
+    compiled = torch.compile(plain, dynamic=False)
+
+    def forward(x_t: Tensor, *rest: Any) -> Any:
+        return (compiled if x_t.shape[-1] == length else plain)(x_t, *rest)
+
+    network.forward = forward
 
 
 def compile_blocks(model: nn.Module, backend: str = "inductor") -> None:

@@ -47,7 +47,7 @@ from audiosep.errors import AudiosepError, ModelError, UsageError
 from audiosep.mixing import best_permutation
 from audiosep.progress import Callback
 from audiosep.recipe import build, check_tables
-from audiosep.separator import TAGGER, Separates, Separation, mix_seed
+from audiosep.separator import LEAD, LIKENESS, TAGGER, Separates, Separation, mix_seed
 
 __all__ = ["MAKERS", "Plan", "Unprocessed", "run", "score"]
 
@@ -312,6 +312,7 @@ def _trials(plan: Plan, tables: Mapping[str, Any], given: Mapping[str, Separates
             dataset = MixtureDataset(items, task, count, plan.seed, plan.segment, rate, classes=classes)
             labels = plan.labels and bool(_classes(separator))
             settings = getattr(separator, "settings", None)
+            weights = _weights(separator, tagged=dataset.n_sound > 0 and (labels or dataset.n_speech > 0))
             header = {
                 "audiosep": __version__,
                 "separator": name,
@@ -322,9 +323,11 @@ def _trials(plan: Plan, tables: Mapping[str, Any], given: Mapping[str, Separates
                 "labels": labels,
                 "metrics": sorted(plan.metrics),
                 "options": {key: str(value) for key, value in sorted(own.items())} if settings is None else settings,
-                "weights": _weights(separator, tagged=dataset.n_sound > 0 and (labels or dataset.n_speech > 0)),
+                "weights": weights,
                 "items": dataset.fingerprint(),
             }
+            if TAGGER in weights:
+                header["exchange"] = [LIKENESS, LEAD]
             stems = out / "stems" if out is not None and plan.stems else None
             seed = mix_seed(plan.seed, getattr(separator, "seed", 0))
             trials.append(Trial(name, separator, dataset, labels, plan.metrics, header, seed, stems))

@@ -221,11 +221,12 @@ def _start(prior: Prior, other: Prior, name: str) -> None:
 
 
 def _start_tagger(tagger: Tagger, name: str) -> None:
-    """Take over the weights of the tagger `name`, which must hear the same labels through the same network."""
+    """Take over the weights and the threshold of the tagger `name`, which must be the recipe's in all else."""
     other = hub.load_model(name)
-    if not isinstance(other, Tagger) or other.labels != tagger.labels or other.width != tagger.width:
-        raise UsageError(f"tagger.start: {name} is no tagger of the recipe's classes and width")
+    if not isinstance(other, Tagger) or other.config != tagger.config | {"threshold": other.threshold}:
+        raise UsageError(f"tagger.start: {name} is no tagger of the recipe's classes, rate and sizes")
     tagger.load_state_dict(other.state_dict())
+    tagger.threshold = other.threshold
 
 
 def _started(name: str | None) -> dict[str, Any]:

@@ -168,7 +168,7 @@ def test_a_tagger_may_start_from_another(trained, manifest, tmp_path):
     before, after = (hub.load_model(root / "tagger").scores.weight for root in (trained, tmp_path))
     torch.testing.assert_close(after, before, atol=1e-3, rtol=1e-3)
     tables["tagger"]["width"] = 16
-    with pytest.raises(UsageError, match="is no tagger of the recipe's classes and width"):
+    with pytest.raises(UsageError, match="is no tagger of the recipe's classes, rate and sizes"):
         fit.fit(tables, tmp_path / "other", device="cpu")
 
 

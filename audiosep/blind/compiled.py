@@ -185,7 +185,8 @@ def flow_forward(
             for i in range(size):
                 b += w_b[j, i] * h[r, t, i]
                 a += w_alpha[j, i] * h[r, t, i]
-            a = kappa * (1 - 2 / (np.exp(2 * a) + 1))  # tanh by exp: twice as fast a recursion, the same to 1e-15
+            # tanh by exp: twice as fast a recursion, the same to 1e-15 of 1.
+            a = kappa * (1 - 2 / (np.exp(min(2 * a, 700.0)) + 1))
             e = (u[r, t] - b) * np.exp(-a)
             alpha[r, t], eps[r, t] = a, e
             for i in range(size):
@@ -193,7 +194,7 @@ def flow_forward(
                 for k in range(size):
                     total[i] += w_h[j, i, k] * h[r, t, k]
             for i in range(size):
-                h[r, t + 1, i] = 1 - 2 / (np.exp(2 * total[i]) + 1)
+                h[r, t + 1, i] = 1 - 2 / (np.exp(min(2 * total[i], 700.0)) + 1)
     return eps, alpha, h
 
 

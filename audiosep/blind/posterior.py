@@ -126,9 +126,12 @@ def noise_and_processes(
     # them together tell whether there is any.
     clean, free = ([gp.fit(y, names, noise=v, near=p) for y, p in zip(Y.T, starts)] for v in (0.0, None))
     noise = min(p.noise / gain for p, gain in zip(free, gains))
+    # A source that was fitted with more noise begins anew from either fit: one took all of a white source for noise.
     noisy = [
-        p if p.noise <= 1.05 * noise * gain else gp.fit(y, names, noise=noise * gain, near=p)
-        for p, y, gain in zip(free, Y.T, gains)
+        p
+        if p.noise <= 1.05 * noise * gain
+        else min((gp.fit(y, names, noise=noise * gain, near=q) for q in (p, c)), key=lambda found: found.nll)
+        for p, c, y, gain in zip(free, clean, Y.T, gains)
     ]
     if sum(p.nll for p in noisy) < sum(p.nll for p in clean) - EVIDENCE * len(gains):
         return noise, tuple(noisy)

@@ -58,7 +58,7 @@ def measure(
         form, schedule = ("eps", vp_linear()) if network == "published" else ("edm", ve())
         prior = Prior(net, schedule, parameterization=form).to(device).eval().requires_grad_(False)
         if compile:
-            compile_network(net, torch.device(device))
+            compile_network(net, torch.device(device), round(SEGMENT * RATE))
         priors.append((prior, 0))
     full = len(build(JointPrior(priors), preset=preset).times) * SAMPLES[preset]  # evaluations per source
     sampler = build(JointPrior(priors), preset=preset, steps=steps + 1)
@@ -123,8 +123,8 @@ def cases(device: str) -> list[dict[str, Any]]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as Markdown."""
-    names = [key for key in rows[0] if key not in ("machine", "torch")]
-    lines = [names, ["---"] * len(names), *([str(row[name]) for name in names] for row in rows)]
+    names = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in ("machine", "torch")]
+    lines = [names, ["---"] * len(names), *([str(row.get(name, "")) for name in names] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -30,33 +31,40 @@ from audiosep.prior import precision
 
 HERE = Path(__file__).parent
 RECIPE = HERE / "speech.toml"
-# A run of minutes wants a shorter average than one of hours.
-COMMON = ["train.ema=0.99", "train.probe_every=0", "probe.windows=0", "probe.mixtures=0", "train.save_every=100000"]
+# A run of minutes wants a shorter average and warm-up than one of hours.
+COMMON = [
+    "train.ema=0.99",
+    "train.warmup=20",
+    "train.probe_every=0",
+    "probe.windows=0",
+    "probe.mixtures=0",
+    "train.save_every=100000",
+]
 CHANGES: dict[str, list[str]] = {
     "as it is": [],
     "width 48": ["backbone.width=48"],
-    "width 96": ["backbone.width=96"],
-    "one block at the bottom": ["backbone.depth=[1,1,1,1,1]"],
-    "four blocks at the bottom": ["backbone.depth=[1,1,4,1,1]"],
-    "patch 8 x 4": ["backbone.patch=[8,4]"],
-    "patch 4 x 8": ["backbone.patch=[4,8]"],
     "direct estimate instead of a mask": ["backbone.head=direct"],
-    "no adaptive normalisation from zero": ["backbone.adaln_zero=false"],
-    "all levels alike": ["prior.focus=0"],
-    "middle levels more": ["prior.focus=0.9"],
-    "lowest noise 1e-2": ["schedule.sigma_min=1e-2"],
+    "patch 8 x 4": ["backbone.patch=[8,4]"],
+    "windows of 2 s, twice as many": ["data.segment=2.0", "train.batch_size=8"],
     "noise estimate, published schedule": [
         "prior.parameterization=eps",
         "prior.focus=0",
         "backbone.head=direct",
         'schedule={name="vp_linear"}',
     ],
-    "windows of 2 s, as many": ["data.segment=2.0"],
-    "windows of 2 s, twice as many": ["data.segment=2.0", "train.batch_size=8"],
-    "batch 2": ["train.batch_size=2"],
-    "batch 8": ["train.batch_size=8"],
-    "learning rate 5e-4": ["train.learning_rate=5e-4"],
+    "all levels alike": ["prior.focus=0"],
+    "four blocks at the bottom": ["backbone.depth=[1,1,4,1,1]"],
     "learning rate 2e-3": ["train.learning_rate=2e-3"],
+    "batch 2": ["train.batch_size=2"],
+    "width 96": ["backbone.width=96"],
+    "no adaptive normalisation from zero": ["backbone.adaln_zero=false"],
+    "learning rate 5e-4": ["train.learning_rate=5e-4"],
+    "batch 8": ["train.batch_size=8"],
+    "middle levels more": ["prior.focus=0.9"],
+    "one block at the bottom": ["backbone.depth=[1,1,1,1,1]"],
+    "patch 4 x 8": ["backbone.patch=[4,8]"],
+    "lowest noise 1e-2": ["schedule.sigma_min=1e-2"],
+    "windows of 2 s, as many": ["data.segment=2.0"],
     "constant learning rate": ["train.decay=constant"],
     "average over 50 steps": ["train.ema=0.98"],
     "average over 500 steps": ["train.ema=0.998"],
@@ -90,17 +98,24 @@ def held_out(folder: Path, manifest: str) -> list[float]:
 def run(name: str, changes: list[str], folder: Path, minutes: float) -> dict[str, Any]:
     """Train with the changes and score: a row."""
     sets = [*COMMON, f"train.max_minutes={minutes:g}", *changes]
+    out = folder / name.replace(" ", "-")
     command = [
+        sys.executable,
+        "-m",
         "audiosep",
         "train",
-        str(RECIPE.relative_to(HERE.parents[1])),
+        str(RECIPE),
         "-o",
-        str(folder / name.replace(" ", "-")),
+        str(out),
+        "--resume",
+        "--progress",
+        "plain",
     ]
     command += [part for setting in sets for part in ("--set", setting)]
-    subprocess.run([sys.executable, "-m", *command, "--progress", "plain"], check=True, stdout=sys.stderr)
-    config = json.loads((Path(command[4]) / "config.json").read_text(encoding="utf-8"))
-    losses = held_out(Path(command[4]), "data/open16k.csv")
+    one_core = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, check=True, stdout=sys.stderr, env=one_core)
+    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    losses = held_out(out, "data/open16k.csv")
     about = {"change": name, "minutes": minutes, "steps": config["training"]["steps"], "loss": float(np.mean(losses))}
     by_level = {f"{level:.3g}": round(loss, 4) for level, loss in zip(LEVELS, losses)}
     return about | {"by level": by_level, "settings": changes}
@@ -132,7 +147,8 @@ def main() -> None:
 
     torch.set_num_threads(1)
     for k, (name, changes) in enumerate(CHANGES.items()):
-        if k % parts == part - 1 and name not in {row["change"] for row in rows()}:
+        done = [row for row in rows() if (row["change"], row["minutes"]) == (name, arguments.minutes)]
+        if k % parts == part - 1 and not any(row["settings"] == changes for row in done):
             row = run(name, changes, arguments.out, arguments.minutes)
             with file.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(row) + "\n")
