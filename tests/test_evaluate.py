@@ -163,6 +163,17 @@ def test_rows_of_another_run_are_not_mixed_in(manifest, tmp_path):
         run(manifest, Fake(manifest, "1speech+1sound"), out=tmp_path)
 
 
+@pytest.mark.parametrize(("task", "again"), [("1speech+1sound", 2), ("2sound", 2), ("2speech", 0)])
+def test_rows_are_the_taggers_too_where_it_tells_the_sources_apart(manifest, tmp_path, task, again):
+    asked = []
+    for digest in ("first", "second"):
+        fake = Fake(manifest, task)
+        fake.tagger = SimpleNamespace(origin={"sha256": digest})
+        run(manifest, fake, task=task, out=tmp_path, count=2)
+        asked.append(len(fake.asked))
+    assert asked == [2, again]
+
+
 @pytest.mark.parametrize("world", [1, 2])
 def test_processes_share_the_mixtures(manifest, tmp_path, monkeypatch, world):
     asked = []
