@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import types
 import warnings
 from typing import Any
@@ -51,4 +52,5 @@ def _prepare() -> None:
     # The cached tables of windows and rotary positions are computed in the compiled code, complex numbers outside it.
     warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
     warnings.filterwarnings("ignore", message="Torchinductor does not support code generation for complex operators")
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it wonders where CUDA is
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VERSIONS)

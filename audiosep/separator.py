@@ -312,7 +312,7 @@ class Separator:
         Returns:
             The names found, two at least; and for the report the tagger, and the highest of all its labels' scores.
         """
-        tagger = hub.load_model(TAGGER, self.device)
+        tagger = self.tagger or hub.load_model(TAGGER, self.device)
         allowed = [label for label in ("speech", "sound", *tagger.classes) if self._knows(label)]
         size = round(self.segment * sample_rate)
         scores = torch.zeros(len(tagger.labels))
