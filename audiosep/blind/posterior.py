@@ -122,20 +122,26 @@ def noise_and_processes(
     if spare > 0:
         noise = float(np.sum((X - Y @ mixing.T) ** 2)) / (samples * spare)
         return noise, tuple(gp.fit(y, names, noise=noise * g, near=p) for y, g, p in zip(Y.T, gains, starts))
-    # A source that is white itself can't be told from noise: the smoothest source bounds the noise of all, and all of
-    # them together tell whether there is any.
+    # A source that is white itself can't be told from noise: all of them together tell how much there is, if any. Of
+    # levels about as likely the least is taken: the smoothest source's, while waves that are no draws look noisier.
     clean, free = ([gp.fit(y, names, noise=v, near=p) for y, p in zip(Y.T, starts)] for v in (0.0, None))
-    noise = min(p.noise / gain for p, gain in zip(free, gains))
-    # A source that was fitted with more noise begins anew from either fit: one took all of a white source for noise.
-    noisy = [
-        p
-        if p.noise <= 1.05 * noise * gain
-        else min((gp.fit(y, names, noise=noise * gain, near=q) for q in (p, c)), key=lambda found: found.nll)
-        for p, c, y, gain in zip(free, clean, Y.T, gains)
-    ]
-    if sum(p.nll for p in noisy) < sum(p.nll for p in clean) - EVIDENCE * len(gains):
-        return noise, tuple(noisy)
-    return 0.0, tuple(clean)
+    found = [(sum(p.nll for p in clean), 0.0, tuple(clean))]
+    for level in sorted(p.noise / gain for p, gain in zip(free, gains)):
+        if (level * gains > NOISE_THAT_COUNTS * np.mean(Y**2, axis=0)).any():
+            noisy = tuple(_at(level * gain, y, names, p, c) for gain, y, p, c in zip(gains, Y.T, free, clean))
+            found.append((sum(p.nll for p in noisy), float(level), noisy))
+            if len(found) > 2 and found[-1][0] > found[-2][0]:
+                break
+    enough = min(nll for nll, *_ in found) + EVIDENCE * len(clean)
+    return next((level, processes) for nll, level, processes in found if nll <= enough)
+
+
+def _at(noise: float, y: Array, names: tuple[str, ...], free: gp.Process, clean: gp.Process) -> gp.Process:
+    """The likeliest process of y (T,) with that noise, from a fit with any noise and one without."""
+    if abs(free.noise - noise) <= 0.05 * noise:
+        return free
+    # Of a white source the one takes all for noise, the other none.
+    return min((gp.fit(y, names, noise=noise, near=p) for p in (free, clean)), key=lambda p: p.nll)
 
 
 @dataclass(frozen=True)
