@@ -126,7 +126,10 @@ def noise_and_processes(
     # levels about as likely the least is taken: the smoothest source's, while waves that are no draws look noisier.
     clean, free = ([gp.fit(y, names, noise=v, near=p) for y, p in zip(Y.T, starts)] for v in (0.0, None))
     found = [(sum(p.nll for p in clean), 0.0, tuple(clean))]
+    surely = sum(min(p.nll, c.nll) for p, c in zip(free, clean)) + EVIDENCE * len(clean)  # each at its own best level
     for level in sorted(p.noise / gain for p, gain in zip(free, gains)):
+        if found[-1][0] <= surely:
+            break
         if (level * gains > NOISE_THAT_COUNTS * np.mean(Y**2, axis=0)).any():
             noisy = tuple(_at(level * gain, y, names, p, c) for gain, y, p, c in zip(gains, Y.T, free, clean))
             found.append((sum(p.nll for p in noisy), float(level), noisy))
@@ -140,8 +143,9 @@ def _at(noise: float, y: Array, names: tuple[str, ...], free: gp.Process, clean:
     """The likeliest process of y (T,) with that noise, from a fit with any noise and one without."""
     if abs(free.noise - noise) <= 0.05 * noise:
         return free
-    # Of a white source the one takes all for noise, the other none.
-    return min((gp.fit(y, names, noise=noise, near=p) for p in (free, clean)), key=lambda p: p.nll)
+    # Of a white source the one takes nearly all for noise.
+    starts = (free, clean) if free.noise > free.variance else (free,)
+    return min((gp.fit(y, names, noise=noise, near=p) for p in starts), key=lambda p: p.nll)
 
 
 @dataclass(frozen=True)
