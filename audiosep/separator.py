@@ -55,8 +55,9 @@ SELF_NOISE = (
 # Nats by which two samples' estimates want to be of one class, times their cosine similarity: chosen on held-out
 # mixtures, where half or twice as many were as good, and none, or likeness alone, worse.
 LIKENESS = 5.0
-# Nats for each estimate that stays with the prior that found it. With 3, none of 120 held-out sources left it that were
-# alone in their mixture (with 0, 8 did), and as many mixtures came right as with 0.
+# Nats for each estimate that stays with the prior that found it, however many samples and channels speak. With 3, none
+# of 120 held-out sources left it that were alone in their mixture (with 0, 8 did), and as many mixtures came right as
+# with 0.
 LEAD = 3.0
 LABEL_NOISE = (0.2, 0.3, 0.45, 0.67, 1.0)  # and those at which an estimate's class shows, chosen on held-out mixtures
 
@@ -141,7 +142,8 @@ class Separator:
         batch: segments separated together; None is 1 on a CPU, 16 elsewhere, halved when memory runs out.
         checkpointing: recompute activations in the backward pass of gradient samplers: less memory, a third more time.
         compile: have torch.compile make the networks faster for segments of full length, the others as ever: for long
-            recordings, as the first segment waits a minute or two. In place: the priors stay compiled.
+            recordings, as the first segment waits a minute or two. In place: the priors stay compiled, and copies of
+            them would use their weights.
         dtype: "auto" (bfloat16 on CUDA and on CPUs with instructions for it, else float32), "float32", "bfloat16" or
             "float16", for the networks.
     """
@@ -719,7 +721,7 @@ class Job:
 
         A sampler tells sounds apart better than it names them. What each sample and channel of a segment says of
         its estimates counts for those of the first as far as they sound alike; the others then follow the first, unless
-        theirs fit better otherwise. What fits elsewhere as well stays where it is.
+        theirs fit better otherwise. What fits elsewhere about as well stays with its prior.
         """
         parts = [part for x in samples for part in x.unflatten(0, (-1, channels)).unbind(1)]  # (S, K, N)
         for members in self.exchanged:

@@ -9,7 +9,7 @@ from audiosep import audio
 from audiosep.errors import AudioError, AudiosepError, UsageError
 from audiosep.prior import Prior
 from audiosep.schedules import ve
-from audiosep.separator import LABEL_NOISE, Job, Separator, choose_device
+from audiosep.separator import LABEL_NOISE, Job, Separator, audible, choose_device
 from audiosep.tagger import Tagger
 
 
@@ -130,6 +130,7 @@ def test_a_voice_is_told_from_a_sound_of_another_prior(ears):
         return job_of(priors, names, **options)._by_class([wrong[None]])[0][0]
 
     assert torch.equal(told(["speech", "High"]), right)
+    assert torch.equal(told(["speech", "sound"]), right)
     assert torch.equal(told(["speech", "speech"]), wrong)
     assert torch.equal(told(["speech", "High"], preset="published"), wrong)
     # A prior of sounds that has no classes may be of a sound that the tagger takes for a voice.
@@ -147,6 +148,12 @@ def test_what_the_tagger_can_not_tell_stays_with_its_prior(ears):
     job = job_of(priors, ["male", "female", "High"])
     mixed_up = torch.stack((high, lower, low))
     assert torch.equal(job._by_class([mixed_up[None]])[0][0], torch.stack((low, lower, high)))
+
+
+def test_what_is_faint_has_less_say_and_what_is_next_to_silent_none():
+    stems = torch.stack([tone(400, 10 ** (-level / 20)) for level in (0, 10, 25, 35, 60)])[None]
+    torch.testing.assert_close(audible(stems)[0], torch.tensor([1.0, 1.0, 0.75, 0.25, 0.0]), atol=1e-3, rtol=0)
+    assert audible(0 * stems).isfinite().all()
 
 
 def test_what_is_next_to_silent_has_no_say(ears):

@@ -135,7 +135,7 @@ def noise_and_processes(
             found.append((sum(p.nll for p in noisy), float(level), noisy))
             if len(found) > 2 and found[-1][0] > found[-2][0]:
                 break
-    enough = min(nll for nll, *_ in found) + EVIDENCE * len(clean)
+    enough = surely if found[-1][0] <= surely else min(nll for nll, *_ in found) + EVIDENCE * len(clean)
     return next((level, processes) for nll, level, processes in found if nll <= enough)
 
 

@@ -15,6 +15,7 @@ stopped goes on, and several can run side by side, each with its own part (`--pa
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import subprocess
@@ -98,7 +99,8 @@ def held_out(folder: Path, manifest: str) -> list[float]:
 def run(name: str, changes: list[str], folder: Path, minutes: float) -> dict[str, Any]:
     """Train with the changes and score: a row."""
     sets = [*COMMON, f"train.max_minutes={minutes:g}", *changes]
-    out = folder / name.replace(" ", "-")
+    digest = hashlib.sha256(json.dumps(sets).encode()).hexdigest()[:8]  # a run of other settings is another run
+    out = folder / f"{name.replace(' ', '-')}-{digest}"
     command = [
         sys.executable,
         "-m",
@@ -118,7 +120,7 @@ def run(name: str, changes: list[str], folder: Path, minutes: float) -> dict[str
     losses = held_out(out, "data/open16k.csv")
     about = {"change": name, "minutes": minutes, "steps": config["training"]["steps"], "loss": float(np.mean(losses))}
     by_level = {f"{level:.3g}": round(loss, 4) for level, loss in zip(LEVELS, losses)}
-    return about | {"by level": by_level, "settings": changes}
+    return about | {"by level": by_level, "settings": changes, "common": COMMON}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -142,13 +144,15 @@ def main() -> None:
     file = arguments.results / "search.jsonl"
 
     def rows() -> list[dict[str, Any]]:
+        """Those of the settings and the time of now."""
         lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-        return [json.loads(line) for line in lines if line]
+        found = [json.loads(line) for line in lines if line]
+        now = [(name, changes, COMMON, arguments.minutes) for name, changes in CHANGES.items()]
+        return [row for row in found if (row["change"], row["settings"], row["common"], row["minutes"]) in now]
 
     torch.set_num_threads(1)
     for k, (name, changes) in enumerate(CHANGES.items()):
-        done = [row for row in rows() if (row["change"], row["minutes"]) == (name, arguments.minutes)]
-        if k % parts == part - 1 and not any(row["settings"] == changes for row in done):
+        if k % parts == part - 1 and name not in {row["change"] for row in rows()}:
             row = run(name, changes, arguments.out, arguments.minutes)
             with file.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(row) + "\n")
