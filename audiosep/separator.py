@@ -55,9 +55,8 @@ SELF_NOISE = (
 # Nats by which two samples' estimates want to be of one class, times their cosine similarity: chosen on held-out
 # mixtures, where half or twice as many were as good, and none, or likeness alone, worse.
 LIKENESS = 5.0
-# Nats for each estimate that stays with the prior that found it, however many samples and channels speak. With 3, none
-# of 120 held-out sources left it that were alone in their mixture (with 0, 8 did), and as many mixtures came right as
-# with 0.
+# Nats for each estimate that stays with the prior that found it, however many samples and channels speak: chosen on
+# held-out mixtures, and on single sources, which without it at times left their prior for another's empty stem.
 LEAD = 3.0
 LABEL_NOISE = (0.2, 0.3, 0.45, 0.67, 1.0)  # and those at which an estimate's class shows, chosen on held-out mixtures
 

@@ -185,7 +185,7 @@ def flow_forward(
             for i in range(size):
                 b += w_b[j, i] * h[r, t, i]
                 a += w_alpha[j, i] * h[r, t, i]
-            # tanh by exp: twice as fast a recursion, the same to 1e-15 of 1.
+            # tanh by exp, which is the faster, and the same to rounding.
             a = kappa * (1 - 2 / (np.exp(min(2 * a, 700.0)) + 1))
             e = (u[r, t] - b) * np.exp(-a)
             alpha[r, t], eps[r, t] = a, e

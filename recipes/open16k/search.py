@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from audiosep import recipe
 from audiosep.data import SourceDataset, read_manifest
 from audiosep.hub import load_prior
 from audiosep.prior import precision
@@ -75,11 +76,12 @@ WINDOWS = 24
 
 
 @torch.no_grad()
-def held_out(folder: Path, manifest: str) -> list[float]:
+def held_out(folder: Path) -> list[float]:
     """Loss of the checkpoint in `folder` at each of LEVELS."""
     prior = load_prior(str(folder)).eval()
-    items = read_manifest(manifest, None, "valid", "speech")
-    windows = SourceDataset(items, WINDOWS, 0, sample_rate=prior.sample_rate, join=0.9)
+    data = recipe.load(RECIPE)["data"]
+    items = read_manifest(data["manifest"], None, "valid", prior.kind)
+    windows = SourceDataset(items, WINDOWS, 0, data["segment"], prior.sample_rate, join=data["join"])
     clean = torch.stack([windows[i]["wave"] for i in range(WINDOWS)])
     d, losses = prior.sigma_data, []
     for k, s in enumerate(LEVELS):
@@ -101,23 +103,12 @@ def run(name: str, changes: list[str], folder: Path, minutes: float) -> dict[str
     sets = [*COMMON, f"train.max_minutes={minutes:g}", *changes]
     digest = hashlib.sha256(json.dumps(sets).encode()).hexdigest()[:8]  # a run of other settings is another run
     out = folder / f"{name.replace(' ', '-')}-{digest}"
-    command = [
-        sys.executable,
-        "-m",
-        "audiosep",
-        "train",
-        str(RECIPE),
-        "-o",
-        str(out),
-        "--resume",
-        "--progress",
-        "plain",
-    ]
-    command += [part for setting in sets for part in ("--set", setting)]
+    train = [sys.executable, "-m", "audiosep", "train", str(RECIPE), "-o", str(out), "--resume", "--progress", "plain"]
+    settings = [part for setting in sets for part in ("--set", setting)]
     one_core = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(command, check=True, stdout=sys.stderr, env=one_core)
+    subprocess.run([*train, *settings], check=True, stdout=sys.stderr, env=one_core)
     config = json.loads((out / "config.json").read_text(encoding="utf-8"))
-    losses = held_out(out, "data/open16k.csv")
+    losses = held_out(out)
     about = {"change": name, "minutes": minutes, "steps": config["training"]["steps"], "loss": float(np.mean(losses))}
     by_level = {f"{level:.3g}": round(loss, 4) for level, loss in zip(LEVELS, losses)}
     return about | {"by level": by_level, "settings": changes, "common": COMMON}
