@@ -149,6 +149,10 @@ def separate(
     sampler: SamplerOption = None,
     preset: PresetOption = Preset.default,
     samples: Samples = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="How far a small network that knows classes steers. 0: not at all.  [default: 0.3]"),
+    ] = None,
     combine: Annotated[
         Combine | None,
         typer.Option(help="Of several samples a stem is the mean, with `wiener` filtered where they disagree."),
@@ -227,6 +231,7 @@ def separate(
             segment=segment,
             overlap=overlap,
             samples=samples,
+            guidance=guidance,
             combine=combine and combine.value,
             seed=seed,
             mixing=mixing and read_mixing(mixing),

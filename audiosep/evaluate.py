@@ -149,6 +149,7 @@ def _checkpoints(
     sampler: str | None = None,
     steps: int | None = None,
     samples: int | None = None,
+    guidance: float | None = None,
     combine: str | None = None,
     sampling: Mapping[str, Any] | None = None,
     segment: float | None = None,
@@ -328,6 +329,7 @@ def _trials(plan: Plan, tables: Mapping[str, Any], given: Mapping[str, Separates
             }
             if TAGGER in weights:
                 header["exchange"] = [LIKENESS, LEAD]
+                header["guidance"] = getattr(separator, "guidance", 0.0)
             stems = out / "stems" if out is not None and plan.stems else None
             seed = mix_seed(plan.seed, getattr(separator, "seed", 0))
             trials.append(Trial(name, separator, dataset, labels, plan.metrics, header, seed, stems))

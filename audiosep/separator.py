@@ -28,6 +28,7 @@ from torch import Tensor
 from audiosep import __version__, audio, distributed, hub
 from audiosep.compiling import compile_network
 from audiosep.errors import AudiosepError, ModelError, UsageError
+from audiosep.guidance import ClassGuidance
 from audiosep.longform import Aligner, OverlapAdd, cosine, count_segments, cut, match
 from audiosep.losses import ReconstructionLoss
 from audiosep.mixing import best_permutation, combine, permute, project, residual
@@ -58,6 +59,7 @@ LIKENESS = 5.0
 # Nats for each estimate that stays with the prior that found it, however many samples and channels speak: chosen on
 # held-out mixtures, and on single sources, which without it at times left their prior for another's empty stem.
 LEAD = 3.0
+GUIDANCE = 0.3  # step of the class guidance, chosen on held-out mixtures
 LABEL_NOISE = (0.2, 0.3, 0.45, 0.67, 1.0)  # and those at which an estimate's class shows, chosen on held-out mixtures
 
 
@@ -135,6 +137,8 @@ class Separator:
         segment: seconds separated at a time; None is 4.
         overlap: fraction of a segment shared with the next, 0..0.5.
         samples: posterior samples that a stem is made of; None is the preset's own number.
+        guidance: how far the tagger moves estimates towards their own classes in each step, 0 for not at all (see
+            `audiosep.guidance`); None is the preset's own. Only the default preset's own sampler has it.
         combine: how: "wiener" (None; `mixing.combine`, their mean where they agree, filtered where not) or "mean".
         seed: of the noise; the same seed and number type give the same stems, to rounding, on every machine.
         consistent: share the residual out, so that the stems add up to the recording.
@@ -158,6 +162,7 @@ class Separator:
         segment: float | None = None,
         overlap: float = 0.25,
         samples: int | None = None,
+        guidance: float | None = None,
         combine: str | None = None,
         seed: int = 0,
         consistent: bool = True,
@@ -179,6 +184,8 @@ class Separator:
             raise UsageError(f"segment must be at least 0.1 s, got {segment} s")
         if samples is not None and samples < 1:
             raise UsageError(f"samples must be at least 1, got {samples}")
+        if guidance is not None and not 0 <= guidance < math.inf:
+            raise UsageError(f"guidance must be at least 0, got {guidance}")
         if combine not in (None, "wiener", "mean"):
             raise UsageError(f"combine is 'wiener' or 'mean', not {combine!r}")
         self.device = torch.device(device)
@@ -199,6 +206,10 @@ class Separator:
         # Whether estimates go to the class that they fit: in the published loop they stay as they come, and a known
         # mixing says which is which.
         self.exchanges = preset == "default" and self.mixing is None
+        guided = self.exchanges and (sampler or PRESETS[preset]) == "mmps"
+        if guidance and not guided:
+            raise UsageError("guidance by the tagger is for the default preset with its own sampler and no mixing")
+        self.guidance = (GUIDANCE if guidance is None else guidance) if guided else 0.0
         self.sampling = dict(sampling or {})
         self.segment, self.overlap = segment or SEGMENT, overlap
         self.seed, self.consistent = seed, consistent
@@ -489,7 +500,8 @@ class Separator:
         """The sampler of these sources, with the settings asked for."""
         joint = JointPrior([(self.priors[source.prior], source.label) for source in sources], self.dtype)
         if self.mixing is None:
-            return self._build(joint)
+            steer = self._steer(sources)
+            return self._build(joint) if steer is None else self._build(joint, steer=steer)
         if self.mixing.shape[1] != len(sources):
             raise UsageError(
                 f"the mixing matrix has {self.mixing.shape[1]} columns, for {len(sources)} sources "
@@ -498,6 +510,46 @@ class Separator:
         exact = self.sampler == "mmps-exact"
         known: dict[str, Any] = {"operator": Mixing(self.mixing)} if exact else {"mixing": self.mixing}
         return self._build(joint, **known)
+
+    def exchanged(self, sources: Sequence[Source]) -> list[list[int]]:
+        """Positions of sources that may be found in each other's places, a list for each group.
+
+        All of them, where the tagger knows them; otherwise those of one prior, which differ by their class alone.
+        """
+        if not self.exchanges:
+            return []
+        alone = _alike(source.prior for source in sources)
+        groups = alone if self.tagger_of(sources) is None else [list(range(len(sources)))]
+        return [group for group in groups if len(set(self.classes_of([sources[k] for k in group]))) > 1]
+
+    def tagger_of(self, sources: Sequence[Source]) -> Tagger | None:
+        """The tagger, where it knows all these sources' classes; a prior without any may be of a sound of its own."""
+        priors = [self.priors[source.prior] for source in sources]
+        if not all(prior.classes or prior.kind == "speech" for prior in priors):
+            return None
+        return self.tagger if self.tagger is not None and self.tagger.knows(self.classes_of(sources)) else None
+
+    def classes_of(self, sources: Sequence[Source]) -> list[str]:
+        """Class names of sources, the null class's is the prior's kind."""
+        priors = [self.priors[source.prior] for source in sources]
+        return [class_name(prior, source.label) or prior.kind for prior, source in zip(priors, sources)]
+
+    def _steer(self, sources: Sequence[Source]) -> Callable[[Tensor], Tensor] | None:
+        """Class guidance of the sources that the tagger tells apart."""
+        guides = []
+        for group in self.exchanged(sources) if self.guidance else []:
+            members = [sources[k] for k in group]
+            tagger = self.tagger_of(members)
+            if tagger is not None:
+                guide = ClassGuidance(tagger, self.classes_of(members), self.guidance)
+                guides.append((torch.tensor(group, device=self.device), guide))
+
+        def steer(x: Tensor) -> Tensor:
+            for group, guide in guides:
+                x = x.index_copy(1, group, guide(x[:, group]))
+            return x
+
+        return steer if guides else None
 
     def _build(self, joint: JointPrior, **options: Any) -> Sampler:
         options |= sampler_options(self.sampling)
@@ -568,7 +620,7 @@ class Job:
     def _prepare(self) -> int:
         """Make what separates ready; how many steps it takes per sample."""
         self.sampler = self.separator.sampler_for(self.sources)
-        self.exchanged = self._exchanged()
+        self.exchanged = self.separator.exchanged(self.sources)
         steps = len(self.sampler.times)
         if self.sampler.evaluations > steps:
             log.warning(
@@ -577,18 +629,6 @@ class Job:
                 self.sampler.evaluations // steps,
             )
         return steps
-
-    def _exchanged(self) -> list[list[int]]:
-        """Positions of sources that may be found in each other's places, a list for each group.
-
-        All of them, where the tagger knows them; otherwise those of one prior, which differ by their class alone.
-        """
-        everyone = list(range(len(self.sources)))
-        if not self.separator.exchanges:
-            return []
-        alone = _alike(source.prior for source in self.sources)
-        groups = alone if self._tagger_of(everyone) is None else [everyone]
-        return [group for group in groups if len(set(self._classes(group))) > 1]
 
     def run(self, blocks: Iterable[np.ndarray]) -> Iterator[Piece]:
         """Separate a stream of blocks (C, n)."""
@@ -727,20 +767,24 @@ class Job:
             first, *others = (x[:, members] for x in parts)
             fits = [self._fits(x, members) for x in (first, *others)]
             alike = [(LIKENESS * cosine(first, x)).softmax(-1) for x in others]
-            stay = self._stay(members).to(first)
-            pooled = stay + fits[0] + sum(share @ fit for share, fit in zip(alike, fits[1:]))
-            stems = [permute(first, best_permutation(pooled))]
+            # Leaving a prior must pay; leaving anything at all, just above rounding.
+            own, still = LEAD * self._own(members).to(first), torch.eye(len(members)).to(first) / 64
+            pooled = own + still + fits[0] + sum(share @ fit for share, fit in zip(alike, fits[1:]))
+            order = best_permutation(pooled)
+            stems = [permute(first, order)]
+            # Where the first has left its priors, none of the others is held back.
+            left = (order != torch.arange(len(members), device=order.device)).any(-1)[:, None, None]
+            stay = torch.where(left, still, own + still)
             for x, fit in zip(others, fits[1:]):
                 stems.append(permute(x, best_permutation(stay + fit + LIKENESS * cosine(x, stems[0]))))
             index = torch.tensor(members, device=first.device)
             parts = [x.index_copy(1, index, stem) for x, stem in zip(parts, stems)]
         return [torch.stack(parts[i : i + channels], 1).flatten(0, 1) for i in range(0, len(parts), channels)]
 
-    def _stay(self, members: Sequence[int]) -> Tensor:
-        """Nats for leaving estimates with their priors, and, just above rounding, for leaving them at all (n, n)."""
+    def _own(self, members: Sequence[int]) -> Tensor:
+        """1 where source j of the members has the prior that estimate i was found with (n, n)."""
         priors = [self.sources[k].prior for k in members]
-        own = torch.tensor([[a == b for b in priors] for a in priors], dtype=torch.float32)
-        return LEAD * own + torch.eye(len(members)) / 64
+        return torch.tensor([[float(a == b) for b in priors] for a in priors])
 
     def _fits(self, x: Tensor, members: Sequence[int]) -> Tensor:
         """How well each of estimates x (B, n, N) fits the class of each of n sources, in nats (B, n, n).
@@ -751,24 +795,18 @@ class Job:
         """
         tagger = self._tagger_of(members)
         if tagger is not None:
-            return audible(x)[..., None] * tagger.fits(x, self._classes(members))
+            return audible(x)[..., None] * tagger.fits(x, self.separator.classes_of(self._of(members)))
         n = len(members)
         # Pair i n + j is estimate i under the class of source j.
         pairs = JointPrior([self.sampler.prior.sources[j] for _ in members for j in members], self.separator.dtype)
         nats = 0.5 * x.shape[-1] * self._errors(pairs, x.repeat_interleave(n, 1), LABEL_NOISE)
         return -nats.unflatten(1, (n, n))
 
-    def _classes(self, members: Sequence[int]) -> list[str]:
-        """Class names of sources, the null class's is the prior's kind."""
-        priors = [self.separator.priors[self.sources[k].prior] for k in members]
-        return [class_name(prior, self.sources[k].label) or prior.kind for prior, k in zip(priors, members)]
+    def _of(self, members: Sequence[int]) -> list[Source]:
+        return [self.sources[k] for k in members]
 
     def _tagger_of(self, members: Sequence[int]) -> Tagger | None:
-        """The tagger, where it knows all these sources' classes; a prior without any may be of a sound of its own."""
-        tagger = self.separator.tagger
-        priors = [self.separator.priors[self.sources[k].prior] for k in members]
-        known = all(prior.classes or prior.kind == "speech" for prior in priors)
-        return tagger if tagger is not None and known and tagger.knows(self._classes(members)) else None
+        return self.separator.tagger_of(self._of(members))
 
     def _log_likelihood(self, x: Tensor) -> Tensor:
         """How well sources x (B, K, N) fit their priors (B,)."""
@@ -903,6 +941,7 @@ class Job:
                 "preset": separator.preset,
                 "steps": self.steps,
                 "samples": separator.samples,
+                "guidance": separator.guidance,
                 "combine": separator.combine,
                 "sampling": separator.sampling,
                 "seed": separator.seed,

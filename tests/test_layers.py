@@ -32,6 +32,7 @@ LAYERS = {
     "baselines": 2,
     "blind": 2,
     "train": 2,
+    "guidance": 3,
     "samplers": 3,
     "multiview_frames": 3,
     "hub": 3,

@@ -24,6 +24,7 @@ https://arxiv.org/abs/2405.13712, section 4 (moment matching posterior sampling)
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ from audiosep.prior import JointPrior
 from audiosep.samplers.base import Noise, Sampler
 from audiosep.stft import istft, stft
 
+STEERED = 0.06  # times full scale: at less noise the sources have parted
 MOST = 100.0  # largest factor on a variance, where a denoiser answers next to nothing
 
 
@@ -49,6 +51,7 @@ class MomentMatching(Sampler):
         calibrate: scale the variances up to the power that the estimates lack of the priors'.
         mixing: (C, K) gains of the sources in the channels of y (B, C, N); None is the sum of the sources, y (B, N).
         noise: standard deviation of the channels' noise, where there is a mixing.
+        steer: what else moves the estimates (B, K, N), and leaves their sum, at noise above `STEERED`.
     """
 
     def __init__(
@@ -61,9 +64,11 @@ class MomentMatching(Sampler):
         calibrate: bool = True,
         mixing: Tensor | None = None,
         noise: float = 1e-3,
+        steer: Callable[[Tensor], Tensor] | None = None,
         **options: Any,
     ) -> None:
         super().__init__(prior, **options)
+        self.steer = steer
         self.n_fft, self.hop_length, self.smooth, self.calibrate = n_fft, hop_length, smooth, calibrate
         self.mixing, self.noise = mixing, noise
 
@@ -84,7 +89,8 @@ class MomentMatching(Sampler):
             return estimate + self._moved(estimate, variance, y)
         left = stft(residual(y, estimate), self.n_fft, self.hop_length)
         moved = istft(shares(variance) * left[:, None], self.n_fft, self.hop_length, y.shape[-1])
-        return estimate + moved
+        estimate = estimate + moved
+        return estimate if self.steer is None or self.ratios[i] < STEERED else self.steer(estimate)
 
     def _moved(self, estimate: Tensor, variance: Tensor, y: Tensor) -> Tensor:
         """V A^T (A V A^T + sigma_y^2)^-1 (y - A D), bin by bin, (B, K, N)."""
