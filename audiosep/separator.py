@@ -768,13 +768,14 @@ class Job:
             fits = [self._fits(x, members) for x in (first, *others)]
             alike = [(LIKENESS * cosine(first, x)).softmax(-1) for x in others]
             # Leaving a prior must pay; leaving anything at all, just above rounding.
-            own, still = LEAD * self._own(members).to(first), torch.eye(len(members)).to(first) / 64
-            pooled = own + still + fits[0] + sum(share @ fit for share, fit in zip(alike, fits[1:]))
+            own, still = self._own(members).to(first), torch.eye(len(members)).to(first) / 64
+            lead = LEAD * own + still
+            pooled = lead + fits[0] + sum(share @ fit for share, fit in zip(alike, fits[1:]))
             order = best_permutation(pooled)
             stems = [permute(first, order)]
-            # Where the first has left its priors, none of the others is held back.
-            left = (order != torch.arange(len(members), device=order.device)).any(-1)[:, None, None]
-            stay = torch.where(left, still, own + still)
+            # Where one of the first has left its prior, none of the others is held back.
+            kept = own[order, torch.arange(len(members), device=order.device)].bool().all(-1)[:, None, None]
+            stay = torch.where(kept, lead, still)
             for x, fit in zip(others, fits[1:]):
                 stems.append(permute(x, best_permutation(stay + fit + LIKENESS * cosine(x, stems[0]))))
             index = torch.tensor(members, device=first.device)

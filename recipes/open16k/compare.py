@@ -1,8 +1,7 @@
 """What the shipped default has over earlier ones (results/earlier/*), on the mixtures that both separated.
 
 - deterministic: the sampler that renewed no noise; sounds as they came out; the sound prior after 6,630 steps.
-- named-by-priors: the sampler of now; each sound given to the class under which that prior errs least.
-- sounds-alone: as now, but that only sounds were exchanged, not voices with sounds.
+- unguided: as now, but no class guidance.
 
 The same seeds and recordings. Writes results/earlier/differences.jsonl: SI-SDR in dB, mean of both and of the paired
 difference, with its 95 % interval. Run: python recipes/open16k/compare.py
