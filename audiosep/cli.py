@@ -151,7 +151,9 @@ def separate(
     samples: Samples = None,
     guidance: Annotated[
         float | None,
-        typer.Option(min=0.0, help="How far a small network that knows classes steers. 0: not at all.  [default: 0.3]"),
+        typer.Option(
+            min=0.0, help="How far a small network that knows classes steers. 0: not at all.  [default: the preset's]"
+        ),
     ] = None,
     combine: Annotated[
         Combine | None,

@@ -35,7 +35,18 @@ from audiosep.separator import (
 __all__ = ["Direct", "Model", "load"]
 
 # What only a sampler has.
-SAMPLERS_OWN = ("preset", "sampler", "steps", "samples", "combine", "sampling", "mixing", "checkpointing", "compile")
+SAMPLERS_OWN = (
+    "preset",
+    "sampler",
+    "steps",
+    "samples",
+    "guidance",
+    "combine",
+    "sampling",
+    "mixing",
+    "checkpointing",
+    "compile",
+)
 
 # Methods without a checkpoint.
 WITHOUT_WEIGHTS = {"spectral-gating": SpectralGating}
@@ -178,7 +189,8 @@ def load(names: str | Sequence[str] = "speech,sound", device: str | torch.device
     options.pop("seed", None)
     for name in SAMPLERS_OWN:
         value = options.pop(name, None)
-        if not (value is None or value is False or (isinstance(value, str) and value == "default")):
+        off = isinstance(value, int | float) and not value  # False, or no guidance
+        if not (value is None or off or (isinstance(value, str) and value == "default")):
             raise UsageError(f"{alone[0]} separates in one pass: it has no {name}")
     model = WITHOUT_WEIGHTS[alone[0]]() if alone[0] in WITHOUT_WEIGHTS else hub.load_model(alone[0])
     return Direct(model, Path(alone[0]).name, device=choose_device(device), **options)

@@ -12,10 +12,10 @@ A gradient in the samples would find what deceives the classifier, not what belo
 the estimates X_k share their sum Y, smoothly in time and pitch: with P_k the power of X_k around each time-frequency
 bin, and fields D_k between few nodes,
 
-    X_k + (softmax_k(log P_k + D_k) - softmax_k(log P_k)) Y,    D = step * dJ/dD / rms(dJ/dD) at D = 0.
+    X_k + (softmax_k(log P_k + D_k) - softmax_k(log P_k)) Y,    D = step * dJ/dD / rms(dJ/dD) at D = 0,
 
-The sum stays what it was. Only the gradient's direction counts, since its length says how sure the classifier is, and
-that is most sure where it is wrong.
+cut off at `LARGEST` times the step. The sum stays what it was. Only the gradient's direction counts: its length says
+how sure the classifier is, and one that is asked about estimates in the making is not to be trusted that far.
 
 B items, K sources, N samples, F bins, M frames.
 """
@@ -33,28 +33,33 @@ from audiosep.tagger import Tagger
 
 BANDS = 12  # nodes along frequency, evenly spaced in mel
 RATE = 2.5  # and along time, per second
-MOST = 3.0  # multiples of the rms beyond which a gradient is cut off
+LARGEST = 3.0  # multiples of its rms at which a field is cut off
 
 
 class ClassGuidance:
     """Moves estimates (B, K, N) towards their own classes.
 
     Args:
-        tagger: the classifier; its `fits` are the log-odds.
-        names: the K classes.
-        step: rms of the change of the log-powers, in nats.
+        tagger: the classifier; its `fits` are the log-odds. Its weights should ask for no gradients, to save time.
+        names: the K classes, two different ones at least.
+        step: rms of the fields before they are cut off, in nats.
     """
 
     n_fft, hop_length = 1024, 256
 
     def __init__(self, tagger: Tagger, names: Sequence[str], step: float) -> None:
-        self.tagger, self.names, self.step = tagger.requires_grad_(False), list(names), step
+        self.tagger, self.names, self.step = tagger, list(names), step
         lowered = [name.casefold() for name in names]
         others = torch.tensor([[float(a != b) for b in lowered] for a in lowered])
-        self.weights = torch.eye(len(names)) - others / others.sum(1, keepdim=True).clamp(min=1)
+        weights = torch.eye(len(names)) - others / others.sum(1, keepdim=True)
+        self.weights = weights.to(next(tagger.parameters()).device)  # here, so that no step waits for the copy
 
     def __call__(self, x: Tensor) -> Tensor:
         """Estimates (B, K, N), of the same sum, after one step."""
+        with torch.autocast(x.device.type, enabled=False):
+            return self._stepped(x)
+
+    def _stepped(self, x: Tensor) -> Tensor:
         total = stft(x.sum(1, keepdim=True), self.n_fft, self.hop_length)
         power = stft(x, self.n_fft, self.hop_length).abs().square()
         power = avg_pool2d(power.flatten(0, 1)[:, None], 3, 1, 1).view(power.shape)
@@ -70,12 +75,12 @@ class ClassGuidance:
             field = x.new_zeros(*x.shape[:2], rows.shape[1], columns.shape[1], requires_grad=True)
             (gradient,) = torch.autograd.grad(self.objective(moved(field)).sum(), field)
         rms = gradient.square().mean((1, 2, 3), keepdim=True).sqrt()
-        return moved(self.step * (gradient / (rms + 1e-12)).clamp(-MOST, MOST))
+        return moved(self.step * (gradient / (rms + 1e-12)).clamp(-LARGEST, LARGEST))
 
     def objective(self, x: Tensor) -> Tensor:
         """J of estimates (B, K, N), in nats (B,)."""
         fits = self.tagger.fits(x, self.names)
-        return (self.weights.to(fits) * fits).sum((1, 2))
+        return (self.weights * fits).sum((1, 2))
 
     def _nodes(self, x: Tensor, bins: int, frames: int) -> tuple[Tensor, Tensor]:
         """Weights of linear interpolation from nodes to bins (F, BANDS) and to frames (M, nodes)."""

@@ -44,7 +44,7 @@ Array = TypeVar("Array", np.ndarray, Tensor)
 
 SEGMENT = 4.0  # seconds; what the published priors were trained on
 SILENCE = 1e-7  # RMS under which a channel counts as digital silence (-140 dBFS)
-TAGGER = "tagger"  # the checkpoint that "auto" listens with, and that tells which stem is of which class
+TAGGER = "tagger"  # the checkpoint that "auto" listens with, that guides, and that tells which stem is of which class
 REPORTED = 10  # labels whose scores a report holds
 INACTIVE = -40.0  # dB under the mixture at which a stem is flagged as inactive
 SELF_NOISE = (
@@ -138,7 +138,8 @@ class Separator:
         overlap: fraction of a segment shared with the next, 0..0.5.
         samples: posterior samples that a stem is made of; None is the preset's own number.
         guidance: how far the tagger moves estimates towards their own classes in each step, 0 for not at all (see
-            `audiosep.guidance`); None is the preset's own. Only the default preset's own sampler has it.
+            `audiosep.guidance`); None is the preset's own. Only the default preset's own sampler has it, for sources
+            of two classes at least that the tagger knows.
         combine: how: "wiener" (None; `mixing.combine`, their mean where they agree, filtered where not) or "mean".
         seed: of the noise; the same seed and number type give the same stems, to rounding, on every machine.
         consistent: share the residual out, so that the stems add up to the recording.
@@ -209,7 +210,7 @@ class Separator:
         guided = self.exchanges and (sampler or PRESETS[preset]) == "mmps"
         if guidance and not guided:
             raise UsageError("guidance by the tagger is for the default preset with its own sampler and no mixing")
-        self.guidance = (GUIDANCE if guidance is None else guidance) if guided else 0.0
+        self.guidance = float(GUIDANCE if guidance is None else guidance) if guided else 0.0
         self.sampling = dict(sampling or {})
         self.segment, self.overlap = segment or SEGMENT, overlap
         self.seed, self.consistent = seed, consistent
@@ -244,16 +245,16 @@ class Separator:
         try:
             tagger = hub.load_model(TAGGER, self.device)
         except ModelError as error:
-            log.warning("sounds are told apart by their priors, as there is no tagger: %s", error)
+            log.warning("sounds are told apart by their priors alone, as there is no tagger: %s", error)
             return None
         if tagger.sample_rate == self.sample_rate:
             return tagger
-        log.warning("sounds are told apart by their priors: the tagger hears at %d Hz", tagger.sample_rate)
+        log.warning("sounds are told apart by their priors alone: the tagger hears at %d Hz", tagger.sample_rate)
         return None
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What its stems follow from besides weights, input and seed, defaults included; plain data."""
+        """What its stems follow from besides weights, tagger, input and seed, defaults included; plain data."""
         sampler = self._build(JointPrior([]))
         return {
             "preset": self.preset,
@@ -358,6 +359,7 @@ class Separator:
 
     # Separation -----------------------------------------------------------------------------------
 
+    @torch.inference_mode(False)  # guidance takes gradients
     def __call__(
         self,
         wave: Array,
@@ -415,6 +417,7 @@ class Separator:
             result.spread = dict(zip(job.names, back(torch.cat([p.spread for p in pieces], -1))))
         return result
 
+    @torch.inference_mode(False)
     def separate_file(
         self,
         path: str | Path,
@@ -942,7 +945,7 @@ class Job:
                 "preset": separator.preset,
                 "steps": self.steps,
                 "samples": separator.samples,
-                "guidance": separator.guidance,
+                "guidance": separator.guidance if getattr(self.sampler, "steer", None) is not None else 0.0,
                 "combine": separator.combine,
                 "sampling": separator.sampling,
                 "seed": separator.seed,

@@ -14,6 +14,7 @@ from torch.nn.functional import fold, pad
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # whoever asks first, others may want gradients
 def window(n_fft: int, sqrt: bool, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Periodic Hann window (n_fft,), or its square root, cached by device and type."""
     hann = torch.hann_window(n_fft, periodic=True, device=device, dtype=dtype)
@@ -63,6 +64,7 @@ def overlap_add(frames: Tensor, hop_length: int) -> Tensor:
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def envelope(count: int, n_fft: int, hop_length: int, sqrt: bool, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Sum of `count` squared windows (1, n_fft + (count - 1) hop_length); one where no window reaches."""
     taper = window(n_fft, sqrt, device, dtype)

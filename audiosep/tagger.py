@@ -8,7 +8,7 @@ by attention (Qiuqiang Kong et al., "PANNs: Large-Scale Pretrained Audio Neural 
 
 It is trained on mixtures of the clips that the priors were trained on, so it knows the priors' classes. In some of them
 all but one source are faint and count for nothing: a stem that a separator made sounds like that, and the tagger tells
-which stem is of which class, too.
+which stem is of which class, too. Its gradient guides the sampler (`audiosep.guidance`).
 
 B items, N samples, L labels, T frames.
 """
@@ -87,7 +87,8 @@ class Tagger(nn.Module):
 
     def forward(self, mixture: Tensor) -> Tensor:
         """Probability of every label (B, L)."""
-        rms = mixture.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-7)
+        # Limited before the root, whose gradient is infinite in silence.
+        rms = mixture.square().mean(-1, keepdim=True).clamp(min=1e-14).sqrt()
         power = stft(mixture / rms, self.n_fft, self.hop_length).abs().square()
         heard = torch.log(self.bands @ power + 1e-3)[:, None]  # type: ignore[operator]
         frames = self.stack(heard).mean(2)  # (B, channels, T)

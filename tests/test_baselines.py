@@ -119,7 +119,10 @@ def test_gating_parts_bursts_from_a_hum():
     bursts = tone(2000).repeat(4)
     bursts[torch.arange(4 * RATE) // (RATE // 4) % 8 != 0] = 0
     hum = 0.02 * torch.randn(4 * RATE)
-    separator = load("spectral-gating", "cpu")
+    separator = load("spectral-gating", "cpu", guidance=None)  # as the command asks
+    assert load("spectral-gating", "cpu", guidance=0.0).guidance == 0
+    with pytest.raises(UsageError, match="it has no guidance"):
+        load("spectral-gating", "cpu", guidance=0.3)
     stems = separator((bursts + hum)[None], RATE).sources
     assert list(stems) == ["speech", "sound"]
     before = si_sdr(bursts + hum, bursts)

@@ -174,6 +174,17 @@ def test_rows_are_the_taggers_too_where_it_tells_the_sources_apart(manifest, tmp
     assert asked == [2, again]
 
 
+def test_rows_are_the_guidances_too_where_there_is_any(manifest, tmp_path):
+    asked = []
+    for task in ("1speech+1sound", "2speech"):
+        for guidance in (0.3, 0.0):
+            fake = Fake(manifest, task)
+            fake.tagger, fake.guidance = SimpleNamespace(origin={"sha256": "0"}), guidance
+            run(manifest, fake, task=task, out=tmp_path / task, count=2)
+            asked.append(len(fake.asked))
+    assert asked == [2, 2, 2, 0]
+
+
 @pytest.mark.parametrize("world", [1, 2])
 def test_processes_share_the_mixtures(manifest, tmp_path, monkeypatch, world):
     asked = []

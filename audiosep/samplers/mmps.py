@@ -1,4 +1,4 @@
-"""Moment matching: the mixture enters through the denoiser, so no gradient is taken.
+"""Moment matching: the mixture enters through the denoiser, so no gradient of the priors is taken.
 
 Given its noisy state alone, source k is approximately Gaussian with mean D_k = E[x_0,k | x_t,k] and covariance V_k.
 Conditioning on y = sum_k x_k then moves the means onto the mixture:
@@ -51,7 +51,7 @@ class MomentMatching(Sampler):
         calibrate: scale the variances up to the power that the estimates lack of the priors'.
         mixing: (C, K) gains of the sources in the channels of y (B, C, N); None is the sum of the sources, y (B, N).
         noise: standard deviation of the channels' noise, where there is a mixing.
-        steer: what else moves the estimates (B, K, N), and leaves their sum, at noise above `STEERED`.
+        steer: what else moves the estimates (B, K, N), and leaves their sum, at noise of `STEERED` and above.
     """
 
     def __init__(
