@@ -189,7 +189,7 @@ def test_a_sample_follows_the_first_to_another_prior(ears):
     assert torch.equal(job._by_class([sure[None], doubtful[None]])[1][0], doubtful.flip(0))
     # Where the first has only exchanged two sounds of one prior, it is kept as before.
     job = job_of(VOICE_AND_SOUND, ["speech", "Low", "High"])
-    first = torch.stack((tone(400), tone(3500), tone(400, 0.09)))
+    first = torch.stack((tone(400), tone(3500), tone(1000) + tone(400, 0.01)))
     second = torch.stack((tone(3500, 0.02) + tone(2000), tone(400, 0.02) + tone(2000), tone(3500)))
     told = job._by_class([first[None], second[None]])
     assert torch.equal(told[0][0], first[[0, 2, 1]])
