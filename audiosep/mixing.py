@@ -104,19 +104,19 @@ def combine(mixture: Tensor, samples: Tensor, n_fft: int = 1024, hop_length: int
     mean = samples.mean(0)
     if len(samples) == 1:
         return mean
-    spread = _around((stft(samples - mean, n_fft, hop_length).abs().square()).mean(0))
+    spread = around((stft(samples - mean, n_fft, hop_length).abs().square()).mean(0), 5, 5)
     bins = stft(mean, n_fft, hop_length)
-    power = _around(bins.abs().square())
+    power = around(bins.abs().square(), 5, 5)
     floor = torch.finfo(power.dtype).tiny
     doubt = (spread / (spread + 0.1 * power + floor)).amax(-3, keepdim=True)
     filtered = shares(power + spread) * stft(mixture, n_fft, hop_length).unsqueeze(-3)
     return istft(doubt * filtered + (1 - doubt) * bins, n_fft, hop_length, samples.shape[-1])
 
 
-def _around(power: Tensor) -> Tensor:
-    """Means (..., F, M) over 5 bins by 5 frames, fewer at the edges."""
-    flat = power.flatten(0, -3).unsqueeze(1)
-    return avg_pool2d(flat, 5, stride=1, padding=2, count_include_pad=False).view(power.shape)
+def around(power: Tensor, rows: int, columns: int) -> Tensor:
+    """Means (..., F, M) over rows bins by columns frames, odd numbers, fewer at the edges."""
+    flat, half = power.flatten(0, -3).unsqueeze(1), (rows // 2, columns // 2)
+    return avg_pool2d(flat, (rows, columns), stride=1, padding=half, count_include_pad=False).view(power.shape)
 
 
 def shares(power: Tensor, dim: int = -3) -> Tensor:

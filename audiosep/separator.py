@@ -514,7 +514,7 @@ class Separator:
         known: dict[str, Any] = {"operator": Mixing(self.mixing)} if exact else {"mixing": self.mixing}
         return self._build(joint, **known)
 
-    def exchanged(self, sources: Sequence[Source]) -> list[list[int]]:
+    def exchange_groups(self, sources: Sequence[Source]) -> list[list[int]]:
         """Positions of sources that may be found in each other's places, a list for each group.
 
         All of them, where the tagger knows them; otherwise those of one prior, which differ by their class alone.
@@ -540,7 +540,7 @@ class Separator:
     def _steer(self, sources: Sequence[Source]) -> Callable[[Tensor], Tensor] | None:
         """Class guidance of the sources that the tagger tells apart."""
         guides = []
-        for group in self.exchanged(sources) if self.guidance else []:
+        for group in self.exchange_groups(sources) if self.guidance else []:
             members = [sources[k] for k in group]
             tagger = self.tagger_of(members)
             if tagger is not None:
@@ -623,7 +623,7 @@ class Job:
     def _prepare(self) -> int:
         """Make what separates ready; how many steps it takes per sample."""
         self.sampler = self.separator.sampler_for(self.sources)
-        self.exchanged = self.separator.exchanged(self.sources)
+        self.exchanged = self.separator.exchange_groups(self.sources)
         steps = len(self.sampler.times)
         if self.sampler.evaluations > steps:
             log.warning(

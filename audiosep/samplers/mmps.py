@@ -29,9 +29,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool2d
 
-from audiosep.mixing import residual, shares
+from audiosep.mixing import around, residual, shares
 from audiosep.prior import JointPrior
 from audiosep.samplers.base import Noise, Sampler
 from audiosep.stft import istft, stft
@@ -111,12 +110,5 @@ class MomentMatching(Sampler):
     def gain(self, noisy: Tensor, estimate: Tensor) -> Tensor:
         """Magnitude of the denoiser's gain per bin (B, K, F, M)."""
         powers = stft(torch.stack((estimate, noisy)), self.n_fft, self.hop_length).abs().square()
-        rows, columns = self.smooth
-        out, into = avg_pool2d(
-            powers.flatten(0, 2)[:, None],
-            self.smooth,
-            stride=1,
-            padding=(rows // 2, columns // 2),
-            count_include_pad=False,
-        ).view(powers.shape)
+        out, into = around(powers, *self.smooth)
         return (out / (into + 1e-20)).clamp(1e-8, 1.0).sqrt()
