@@ -1,10 +1,13 @@
 """Which sources a mixture or a stem holds: a small network that hears how many voices and sounds, and which classes.
 
-Log-mel energies of the mixture at unit RMS go through a stack of convolutions, each label's score is pooled over time
-by attention (Qiuqiang Kong et al., "PANNs: Large-Scale Pretrained Audio Neural Networks for Audio Pattern Recognition",
-2020, https://arxiv.org/abs/1912.10211), and the labels are independent:
+Log-mel energies of the mixture at unit RMS, above a floor, go through a stack of convolutions, each label's score is
+pooled over time by attention (Qiuqiang Kong et al., "PANNs: Large-Scale Pretrained Audio Neural Networks for Audio
+Pattern Recognition", 2020, https://arxiv.org/abs/1912.10211), and the labels are independent:
 
     p_l = sum_t softmax_t(a_l)_t sigmoid(z_l)_t,    loss = mean_l of the binary cross-entropy.
+
+Where one class alone is there, the loss also has the cross-entropy of the classes' log-odds, log(p_l / (1 - p_l)), times
+`AMONG`: stems are told apart by their differences.
 
 It is trained on mixtures of the clips that the priors were trained on, so it knows the priors' classes. In some of them
 all but one source are faint and count for nothing: a stem that a separator made sounds like that, and the tagger tells
@@ -34,6 +37,7 @@ __all__ = ["COUNTS", "TaggedMixtures", "Tagger"]
 # Labels beside the classes of sound: the first is there from one such source on, the second from two on, ...
 COUNTS = {"speech": ("speech", "second speech"), "sound": ("sound", "second sound", "third sound")}
 HEARD = 0.5  # score from which a voice or a sound is there
+AMONG = 0.2  # weight of telling one class from the others
 FAINT = (5.0, 25.0)  # dB that what counts for nothing lies under the rest
 
 
@@ -46,6 +50,8 @@ class Tagger(nn.Module):
         width: channels of the first convolution; they double three times.
         mels: bands of the spectrogram.
         threshold: score from which a sound is called by its class.
+        floor: added to the energies before the logarithm; white noise has about 25 in each band. A high one hides what
+            is faint: recordings' own noise, and what a separator left of other sources.
     """
 
     n_fft, hop_length = 1024, 320
@@ -57,10 +63,11 @@ class Tagger(nn.Module):
         width: int = 32,
         mels: int = 64,
         threshold: float = 0.5,
+        floor: float = 1e-3,
     ) -> None:
         super().__init__()
         self.classes, self.sample_rate, self.threshold = tuple(classes), sample_rate, threshold
-        self.width, self.mels = width, mels
+        self.width, self.mels, self.floor = width, mels, floor
         self.evaluations = 1
         self.origin: dict[str, Any] = {}  # folder and hash, where it was loaded
         bands = librosa.filters.mel(sr=sample_rate, n_fft=self.n_fft, n_mels=mels)
@@ -83,6 +90,7 @@ class Tagger(nn.Module):
             "width": self.width,
             "mels": self.mels,
             "threshold": self.threshold,
+            "floor": self.floor,
         }
 
     def forward(self, mixture: Tensor) -> Tensor:
@@ -90,15 +98,20 @@ class Tagger(nn.Module):
         # Limited before the root, whose gradient is infinite in silence.
         rms = mixture.square().mean(-1, keepdim=True).clamp(min=1e-14).sqrt()
         power = stft(mixture / rms, self.n_fft, self.hop_length).abs().square()
-        heard = torch.log(self.bands @ power + 1e-3)[:, None]  # type: ignore[operator]
+        heard = torch.log(self.bands @ power + self.floor)[:, None]  # type: ignore[operator]
         frames = self.stack(heard).mean(2)  # (B, channels, T)
         weight = self.attention(frames).softmax(-1)
         return (weight * self.scores(frames).sigmoid()).sum(-1)
 
     def loss(self, batch: dict[str, Any]) -> Tensor:
-        """Binary cross-entropy (B,), mean over labels, of "mixture" (B, N) against "tags" (B, L) of zeros and ones."""
-        probability = self(batch["mixture"]).float().clamp(1e-6, 1 - 1e-6)
-        return nn.functional.binary_cross_entropy(probability, batch["tags"], reduction="none").mean(-1)
+        """Loss (B,) of "mixture" (B, N) against "tags" (B, L) of zeros and ones."""
+        probability, tags = self(batch["mixture"]).float().clamp(1e-6, 1 - 1e-6), batch["tags"]
+        loss = nn.functional.binary_cross_entropy(probability, tags, reduction="none").mean(-1)
+        if not self.classes:
+            return loss
+        odds, classes = probability[:, -len(self.classes) :].logit(), tags[:, -len(self.classes) :]
+        among = nn.functional.cross_entropy(odds, classes.argmax(-1), reduction="none")
+        return loss + AMONG * among * (classes.sum(-1) == 1)
 
     def knows(self, names: Sequence[str]) -> bool:
         """Whether all of these are classes, whatever their case, or the kinds "speech" and "sound"."""

@@ -12,6 +12,21 @@ def test_stft_comes_back_exactly_at_any_length(n, n_fft, hop, sqrt):
     assert torch.allclose(istft(stft(x, n_fft, hop, sqrt), n_fft, hop, n, sqrt), x, atol=1e-7)
 
 
+def test_the_inverse_transform_compiles_with_its_gradient():
+    def energy(x):
+        return istft(stft(x, 64, 32, True).exp(), 64, 32, x.shape[-1], True).square().sum()
+
+    x = torch.randn(1, 500, requires_grad=True)
+    (expected,) = torch.autograd.grad(energy(x), x)
+    torch._dynamo.reset()
+    try:
+        compiled = torch.compile(energy, dynamic=False)(x)
+    except torch._inductor.exc.InductorError as error:
+        pytest.skip(f"torch can't compile here: {error}")
+    (found,) = torch.autograd.grad(compiled, x)
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-3 * expected.abs().max().item())
+
+
 def test_projection_adds_up_and_leaves_a_fitting_estimate_alone():
     sources = torch.randn(2, 3, 5000, dtype=torch.float64)
     mixture = mix(sources)

@@ -86,6 +86,17 @@ def test_open16k_carves_out_a_validation_split(open16k, tmp_path, capsys):
     assert sum(item.split == "test" for item in items) == 50
 
 
+def test_open16k_holds_out_as_much_as_is_asked_for(open16k, tmp_path):
+    manifest = tmp_path / "manifest.csv"
+    options = ["--valid", "0.5", "--least", "2"]
+    assert prepare("open16k").main(["--root", str(open16k), "-o", str(manifest), *options]) == 0
+    held = {item.group for item in read_manifest(manifest, split="valid", kind="sound")}
+    assert not held & {item.group for item in read_manifest(manifest, split="train", kind="sound")}
+    assert 80 <= len(held) <= 130  # of 204 recordings
+    rare = [item.split for item in read_manifest(manifest) if item.label == "Agogo"]
+    assert {"train", "valid"} == set(rare)
+
+
 def test_open16k_is_the_same_each_time_and_anywhere(open16k, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     module = prepare("open16k")

@@ -1,10 +1,11 @@
 """Write the manifest of the open16k corpus: its train and test split, and a validation split.
 
-    python recipes/open16k/prepare.py --root DIR [-o data/open16k.csv]
+    python recipes/open16k/prepare.py --root DIR [-o data/open16k.csv] [--valid 0.05] [--least 5]
 
 DIR holds `manifest.csv`, `speech/` and `sound/` (README.md says where they come from). About 5 % of
 train becomes `valid`: whole speakers of speech, whole original recordings (`group`) of sound, by a
-hash of their names, so that every machine chooses the same.
+hash of their names, so that every machine chooses the same. A larger share, and fewer recordings at
+the least, make a validation split of more and of rarer classes.
 """
 
 from __future__ import annotations
@@ -23,9 +24,6 @@ COLUMNS = ("path", "split", "kind", "speaker_or_class", "duration_s", "group")
 EXTRA = ("licence", "source_repo")  # for attribution; audiosep does not read them
 Row = dict[str, str]
 
-VALID_SHARE = 0.05
-# A class with fewer original recordings keeps them all for training.
-VALID_LEAST = 5
 # One label, many unnamed voices: each clip gets a label of its own, so that voices are never
 # joined, and all stay in train, as nobody knows which voices recur.
 CROWDS = ("pv_crowd",)
@@ -38,6 +36,9 @@ def main(arguments: list[str] | None = None) -> int:
     # Not in the corpus's own folder: that may be shared, or meant to stay as it is.
     default = Path("data/open16k.csv")
     parser.add_argument("-o", "--output", type=Path, default=default, help=f"default: {default}")
+    parser.add_argument("--valid", type=float, default=0.05, help="share of train held out, default: 0.05")
+    least = "a class with fewer original recordings keeps them all for training, default: 5"
+    parser.add_argument("--least", type=int, default=5, help=least)
     options = parser.parse_args(arguments)
     output = options.output
     try:
@@ -45,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
         missing = [row for row in rows if not (options.root / row["path"]).is_file()]
         if missing:
             raise SystemExit(describe(missing, len(rows), options.root))
-        split(rows)
+        split(rows, options.valid, options.least)
         write(rows, options.root, output)
     except OSError as error:
         print(f"{error.filename}: {error.strerror}", file=sys.stderr)
@@ -91,27 +92,27 @@ def describe(missing: list[Row], total: int, root: Path) -> str:
     return "\n".join(lines)
 
 
-def split(rows: list[Row]) -> None:
-    """Move part of train to `valid`, and give clips of a crowd their own labels; in place."""
+def split(rows: list[Row], valid: float, least: int) -> None:
+    """Move the share `valid` of train to "valid", and give clips of a crowd their own labels; in place."""
     groups: dict[str, set[str]] = defaultdict(set)
     for row in rows:
         if row["split"] == "train":
             groups[row["speaker_or_class"]].add(row["group"])
-    rare = {group for label, members in groups.items() for group in members if len(members) < VALID_LEAST}
+    rare = {group for label, members in groups.items() for group in members if len(members) < least}
     for row in rows:
         if row["split"] != "train":
             continue
         if row["speaker_or_class"] in CROWDS:
             row["speaker_or_class"] += "/" + Path(row["path"]).stem
         elif row["kind"] == "speech":
-            row["split"] = "valid" if chosen(row["speaker_or_class"]) else "train"
+            row["split"] = "valid" if chosen(row["speaker_or_class"], valid) else "train"
         elif row["group"] not in rare:
-            row["split"] = "valid" if chosen(row["group"]) else "train"
+            row["split"] = "valid" if chosen(row["group"], valid) else "train"
 
 
-def chosen(name: str) -> bool:
+def chosen(name: str, share: float) -> bool:
     number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
-    return number < VALID_SHARE * 2**64
+    return number < share * 2**64
 
 
 def write(rows: list[Row], root: Path, output: Path) -> None:
