@@ -47,7 +47,7 @@ from audiosep.errors import AudiosepError, ModelError, UsageError
 from audiosep.mixing import best_permutation
 from audiosep.progress import Callback
 from audiosep.recipe import build, check_tables
-from audiosep.separator import LEAD, LIKENESS, TAGGER, Separates, Separation, mix_seed
+from audiosep.separator import CLASSIFIER, LEAD, LIKENESS, Separates, Separation, mix_seed
 
 __all__ = ["MAKERS", "Plan", "Unprocessed", "run", "score"]
 
@@ -327,7 +327,7 @@ def _trials(plan: Plan, tables: Mapping[str, Any], given: Mapping[str, Separates
                 "weights": weights,
                 "items": dataset.fingerprint(),
             }
-            if TAGGER in weights:
+            if CLASSIFIER in weights:
                 header["exchange"] = [LIKENESS, LEAD]
                 header["guidance"] = getattr(separator, "guidance", 0.0)
             stems = out / "stems" if out is not None and plan.stems else None
@@ -400,11 +400,11 @@ def _shared_classes(separators: Mapping[str, Separates]) -> list[str] | None:
 
 
 def _weights(separator: Separates, tagged: bool) -> dict[str, str]:
-    """Hashes of the checkpoints, the tagger's where it may be asked: a name can stand for other weights tomorrow."""
+    """Hashes of the checkpoints, the classifier's where it may be asked: names can get other weights tomorrow."""
     models = dict(getattr(separator, "priors", {}))
-    tagger = getattr(separator, "tagger", None) if tagged else None
-    if tagger is not None:
-        models[TAGGER] = tagger
+    classifier = getattr(separator, "classifier", None) if tagged else None
+    if classifier is not None:
+        models[CLASSIFIER] = classifier
     origins = {name: getattr(prior, "origin", {}) for name, prior in models.items()}
     return {name: origin.get("sha256", "") for name, origin in origins.items()}
 

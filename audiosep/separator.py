@@ -44,7 +44,8 @@ Array = TypeVar("Array", np.ndarray, Tensor)
 
 SEGMENT = 4.0  # seconds; what the published priors were trained on
 SILENCE = 1e-7  # RMS under which a channel counts as digital silence (-140 dBFS)
-TAGGER = "tagger"  # the checkpoint that "auto" listens with, that guides, and that tells which stem is of which class
+TAGGER = "tagger"  # the checkpoint that "auto" listens with
+CLASSIFIER = "classifier"  # the one that guides, and that tells which stem is of which class
 REPORTED = 10  # labels whose scores a report holds
 INACTIVE = -40.0  # dB under the mixture at which a stem is flagged as inactive
 SELF_NOISE = (
@@ -137,9 +138,9 @@ class Separator:
         segment: seconds separated at a time; None is 4.
         overlap: fraction of a segment shared with the next, 0..0.5.
         samples: posterior samples that a stem is made of; None is the preset's own number.
-        guidance: how far the tagger moves estimates towards their own classes in each step, 0 for not at all (see
+        guidance: how far the classifier moves estimates towards their own classes in each step, 0 for not at all (see
             `audiosep.guidance`); None is the preset's own. Only the default preset's own sampler has it, for sources
-            of two classes at least that the tagger knows.
+            of two classes at least that the classifier knows.
         combine: how: "wiener" (None; `mixing.combine`, their mean where they agree, filtered where not) or "mean".
         seed: of the noise; the same seed and number type give the same stems, to rounding, on every machine.
         consistent: share the residual out, so that the stems add up to the recording.
@@ -209,7 +210,7 @@ class Separator:
         self.exchanges = preset == "default" and self.mixing is None
         guided = self.exchanges and (sampler or PRESETS[preset]) == "mmps"
         if guidance and not guided:
-            raise UsageError("guidance by the tagger is for the default preset with its own sampler and no mixing")
+            raise UsageError("guidance by the classifier is for the default preset with its own sampler and no mixing")
         self.guidance = float(GUIDANCE if guidance is None else guidance) if guided else 0.0
         self.sampling = dict(sampling or {})
         self.segment, self.overlap = segment or SEGMENT, overlap
@@ -238,23 +239,25 @@ class Separator:
         return cls(priors, device=device, **options)
 
     @functools.cached_property
-    def tagger(self) -> Tagger | None:
-        """The shipped tagger; None where it has nothing to tell, isn't there, or hears at another sample rate."""
+    def classifier(self) -> Tagger | None:
+        """The shipped classifier; None where it has nothing to tell, isn't there, or hears at another sample rate."""
         if not self.exchanges or not any(prior.classes for prior in self.priors.values()):
             return None
         try:
-            tagger = hub.load_model(TAGGER, self.device)
+            classifier = hub.load_model(CLASSIFIER, self.device)
         except ModelError as error:
-            log.warning("sounds are told apart by their priors alone, as there is no tagger: %s", error)
+            log.warning("sounds are told apart by their priors alone, as there is no classifier: %s", error)
             return None
-        if tagger.sample_rate == self.sample_rate:
-            return tagger
-        log.warning("sounds are told apart by their priors alone: the tagger hears at %d Hz", tagger.sample_rate)
+        if classifier.sample_rate == self.sample_rate:
+            return classifier
+        log.warning(
+            "sounds are told apart by their priors alone: the classifier hears at %d Hz", classifier.sample_rate
+        )
         return None
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What its stems follow from besides weights, tagger, input and seed, defaults included; plain data."""
+        """What its stems follow from besides weights, classifier, input and seed, defaults included; plain data."""
         sampler = self._build(JointPrior([]))
         return {
             "preset": self.preset,
@@ -325,7 +328,7 @@ class Separator:
         Returns:
             The names found, two at least; and for the report the tagger, and the highest of all its labels' scores.
         """
-        tagger = self.tagger or hub.load_model(TAGGER, self.device)
+        tagger = hub.load_model(TAGGER, self.device)
         allowed = [label for label in ("speech", "sound", *tagger.classes) if self._knows(label)]
         size = round(self.segment * sample_rate)
         scores = torch.zeros(len(tagger.labels))
@@ -517,20 +520,21 @@ class Separator:
     def exchange_groups(self, sources: Sequence[Source]) -> list[list[int]]:
         """Positions of sources that may be found in each other's places, a list for each group.
 
-        All of them, where the tagger knows them; otherwise those of one prior, which differ by their class alone.
+        All of them, where the classifier knows them; otherwise those of one prior, which differ by their class alone.
         """
         if not self.exchanges:
             return []
         alone = _alike(source.prior for source in sources)
-        groups = alone if self.tagger_of(sources) is None else [list(range(len(sources)))]
+        groups = alone if self.classifier_of(sources) is None else [list(range(len(sources)))]
         return [group for group in groups if len(set(self.classes_of([sources[k] for k in group]))) > 1]
 
-    def tagger_of(self, sources: Sequence[Source]) -> Tagger | None:
-        """The tagger, where it knows all these sources' classes; a prior without any may be of a sound of its own."""
+    def classifier_of(self, sources: Sequence[Source]) -> Tagger | None:
+        """The classifier, where it knows these sources' classes; a prior without any may be of a sound of its own."""
         priors = [self.priors[source.prior] for source in sources]
         if not all(prior.classes or prior.kind == "speech" for prior in priors):
             return None
-        return self.tagger if self.tagger is not None and self.tagger.knows(self.classes_of(sources)) else None
+        classifier = self.classifier
+        return classifier if classifier is not None and classifier.knows(self.classes_of(sources)) else None
 
     def classes_of(self, sources: Sequence[Source]) -> list[str]:
         """Class names of sources, the null class's is the prior's kind."""
@@ -538,13 +542,13 @@ class Separator:
         return [class_name(prior, source.label) or prior.kind for prior, source in zip(priors, sources)]
 
     def _steer(self, sources: Sequence[Source]) -> Callable[[Tensor], Tensor] | None:
-        """Class guidance of the sources that the tagger tells apart."""
+        """Class guidance of the sources that the classifier tells apart."""
         guides = []
         for group in self.exchange_groups(sources) if self.guidance else []:
             members = [sources[k] for k in group]
-            tagger = self.tagger_of(members)
-            if tagger is not None:
-                guide = ClassGuidance(tagger, self.classes_of(members), self.guidance)
+            classifier = self.classifier_of(members)
+            if classifier is not None:
+                guide = ClassGuidance(classifier, self.classes_of(members), self.guidance)
                 guides.append((torch.tensor(group, device=self.device), guide))
 
         def steer(x: Tensor) -> Tensor:
@@ -793,13 +797,13 @@ class Job:
     def _fits(self, x: Tensor, members: Sequence[int]) -> Tensor:
         """How well each of estimates x (B, n, N) fits the class of each of n sources, in nats (B, n, n).
 
-        The tagger says, where it knows the classes, but of what is next to silent. Elsewhere the priors do: the class
+        The classifier says, where it knows the classes, but of what is next to silent. Elsewhere priors do: the class
         under which a denoiser errs least is the likeliest (Alexander C. Li et al., "Your Diffusion Model is Secretly a
         Zero-Shot Classifier", 2023, https://arxiv.org/abs/2303.16203).
         """
-        tagger = self._tagger_of(members)
-        if tagger is not None:
-            return audible(x)[..., None] * tagger.fits(x, self.separator.classes_of(self._of(members)))
+        classifier = self._classifier_of(members)
+        if classifier is not None:
+            return audible(x)[..., None] * classifier.fits(x, self.separator.classes_of(self._of(members)))
         n = len(members)
         # Pair i n + j is estimate i under the class of source j.
         pairs = JointPrior([self.sampler.prior.sources[j] for _ in members for j in members], self.separator.dtype)
@@ -809,8 +813,8 @@ class Job:
     def _of(self, members: Sequence[int]) -> list[Source]:
         return [self.sources[k] for k in members]
 
-    def _tagger_of(self, members: Sequence[int]) -> Tagger | None:
-        return self.separator.tagger_of(self._of(members))
+    def _classifier_of(self, members: Sequence[int]) -> Tagger | None:
+        return self.separator.classifier_of(self._of(members))
 
     def _log_likelihood(self, x: Tensor) -> Tensor:
         """How well sources x (B, K, N) fit their priors (B,)."""
@@ -936,8 +940,8 @@ class Job:
         """The report's part on what separated."""
         separator = self.separator
         models: dict[str, Any] = {name: {"name": name, **prior.origin} for name, prior in separator.priors.items()}
-        if separator.tagger is not None and any(self._tagger_of(group) for group in self.exchanged):
-            models.setdefault(TAGGER, {"name": TAGGER, **separator.tagger.origin})
+        if separator.classifier is not None and any(self._classifier_of(group) for group in self.exchanged):
+            models.setdefault(CLASSIFIER, {"name": CLASSIFIER, **separator.classifier.origin})
         return {
             "models": models,
             "sampler": {

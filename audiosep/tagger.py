@@ -6,12 +6,13 @@ Pattern Recognition", 2020, https://arxiv.org/abs/1912.10211), and the labels ar
 
     p_l = sum_t softmax_t(a_l)_t sigmoid(z_l)_t,    loss = mean_l of the binary cross-entropy.
 
-Where one class alone is there, the loss also has the cross-entropy of the classes' log-odds, log(p_l / (1 - p_l)), times
-`AMONG`: stems are told apart by their differences.
+Where one class alone is there, the loss may also have the cross-entropy of the classes' log-odds, log(p_l / (1 - p_l)),
+by whose differences stems are told apart.
 
-It is trained on mixtures of the clips that the priors were trained on, so it knows the priors' classes. In some of them
-all but one source are faint and count for nothing: a stem that a separator made sounds like that, and the tagger tells
-which stem is of which class, too. Its gradient guides the sampler (`audiosep.guidance`).
+It is trained on mixtures of the clips that the priors were trained on, so it knows the priors' classes. Two are
+shipped. One listens to recordings for `-s auto`. The other, the classifier, tells which stem is of which class, and its
+gradient guides the sampler (`audiosep.guidance`): in most of its mixtures all but one source are faint, as in a stem
+that a separator made, and count for nothing.
 
 B items, N samples, L labels, T frames.
 """
@@ -37,7 +38,6 @@ __all__ = ["COUNTS", "TaggedMixtures", "Tagger"]
 # Labels beside the classes of sound: the first is there from one such source on, the second from two on, ...
 COUNTS = {"speech": ("speech", "second speech"), "sound": ("sound", "second sound", "third sound")}
 HEARD = 0.5  # score from which a voice or a sound is there
-AMONG = 0.2  # weight of telling one class from the others
 FAINT = (5.0, 25.0)  # dB that what counts for nothing lies under the rest
 
 
@@ -52,6 +52,7 @@ class Tagger(nn.Module):
         threshold: score from which a sound is called by its class.
         floor: added to the energies before the logarithm; white noise has about 25 in each band. A high one hides what
             is faint: recordings' own noise, and what a separator left of other sources.
+        among: weight in the loss of telling one class from the others.
     """
 
     n_fft, hop_length = 1024, 320
@@ -64,10 +65,11 @@ class Tagger(nn.Module):
         mels: int = 64,
         threshold: float = 0.5,
         floor: float = 1e-3,
+        among: float = 0.0,
     ) -> None:
         super().__init__()
         self.classes, self.sample_rate, self.threshold = tuple(classes), sample_rate, threshold
-        self.width, self.mels, self.floor = width, mels, floor
+        self.width, self.mels, self.floor, self.among = width, mels, floor, among
         self.evaluations = 1
         self.origin: dict[str, Any] = {}  # folder and hash, where it was loaded
         bands = librosa.filters.mel(sr=sample_rate, n_fft=self.n_fft, n_mels=mels)
@@ -91,6 +93,7 @@ class Tagger(nn.Module):
             "mels": self.mels,
             "threshold": self.threshold,
             "floor": self.floor,
+            "among": self.among,
         }
 
     def forward(self, mixture: Tensor) -> Tensor:
@@ -107,11 +110,11 @@ class Tagger(nn.Module):
         """Loss (B,) of "mixture" (B, N) against "tags" (B, L) of zeros and ones."""
         probability, tags = self(batch["mixture"]).float().clamp(1e-6, 1 - 1e-6), batch["tags"]
         loss = nn.functional.binary_cross_entropy(probability, tags, reduction="none").mean(-1)
-        if not self.classes:
+        if not self.among:
             return loss
         odds, classes = probability[:, -len(self.classes) :].logit(), tags[:, -len(self.classes) :]
         among = nn.functional.cross_entropy(odds, classes.argmax(-1), reduction="none")
-        return loss + AMONG * among * (classes.sum(-1) == 1)
+        return loss + self.among * among * (classes.sum(-1) == 1)
 
     def knows(self, names: Sequence[str]) -> bool:
         """Whether all of these are classes, whatever their case, or the kinds "speech" and "sound"."""
