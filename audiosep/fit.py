@@ -223,7 +223,8 @@ def _start(prior: Prior, other: Prior, name: str) -> None:
 def _start_tagger(tagger: Tagger, name: str) -> None:
     """Take over the weights and the threshold of the tagger `name`, which must be the recipe's in all else."""
     other = hub.load_model(name)
-    if not isinstance(other, Tagger) or other.config != tagger.config | {"threshold": other.threshold}:
+    own = {"threshold": tagger.threshold, "among": tagger.among}
+    if not isinstance(other, Tagger) or other.config | own != tagger.config:
         raise UsageError(f"tagger.start: {name} is no tagger of the recipe's classes, rate and sizes")
     tagger.load_state_dict(other.state_dict())
     tagger.threshold = other.threshold

@@ -164,11 +164,11 @@ def test_rows_of_another_run_are_not_mixed_in(manifest, tmp_path):
 
 
 @pytest.mark.parametrize(("task", "again"), [("1speech+1sound", 2), ("2sound", 2), ("2speech", 0)])
-def test_rows_are_the_taggers_too_where_it_tells_the_sources_apart(manifest, tmp_path, task, again):
+def test_rows_are_the_classifiers_too_where_it_tells_the_sources_apart(manifest, tmp_path, task, again):
     asked = []
     for digest in ("first", "second"):
         fake = Fake(manifest, task)
-        fake.tagger = SimpleNamespace(origin={"sha256": digest})
+        fake.classifier = SimpleNamespace(origin={"sha256": digest})
         run(manifest, fake, task=task, out=tmp_path, count=2)
         asked.append(len(fake.asked))
     assert asked == [2, again]
@@ -179,7 +179,7 @@ def test_rows_are_the_guidances_too_where_there_is_any(manifest, tmp_path):
     for task in ("1speech+1sound", "2speech"):
         for guidance in (0.3, 0.0):
             fake = Fake(manifest, task)
-            fake.tagger, fake.guidance = SimpleNamespace(origin={"sha256": "0"}), guidance
+            fake.classifier, fake.guidance = SimpleNamespace(origin={"sha256": "0"}), guidance
             run(manifest, fake, task=task, out=tmp_path / task, count=2)
             asked.append(len(fake.asked))
     assert asked == [2, 2, 2, 0]

@@ -478,13 +478,18 @@ def test_every_recipe_builds(path, tables):
     recipe.build(fit._card, tables["card"], "card")
 
 
-def test_the_taggers_recipe_builds():
-    tables = recipe.load(RECIPES / "open16k/tagger.toml")
+@pytest.mark.parametrize("name", ["tagger", "classifier"])
+def test_the_taggers_recipes_build(name):
+    """The recipes make what is shipped."""
+    tables = recipe.load(RECIPES / f"open16k/{name}.toml")
     recipe.check_tables(tables, fit.TAGGER_TABLES)
     recipe.build(train.Options, tables["train"], "train")
     own = {key: value for key, value in tables["tagger"].items() if key not in ("of", "tasks", "alone")}
     tagger = recipe.build(Tagger, own, "tagger", classes=["a", "b"])
     assert sum(p.numel() for p in tagger.parameters()) < 1.5e6
+    shipped = hub.load_model(name)
+    ours = {"classes": list(shipped.classes), "threshold": shipped.threshold}
+    assert shipped.config == tagger.config | ours
     assert set(tables["probe"]) <= set(inspect.signature(fit.TaggerProbe).parameters)
     recipe.build(fit._card, tables["card"], "card")
 

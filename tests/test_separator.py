@@ -44,7 +44,7 @@ def banded(**options):
 
 
 def test_estimates_go_to_the_class_that_they_fit(monkeypatch):
-    monkeypatch.setattr("audiosep.separator.TAGGER", "none-such")
+    monkeypatch.setattr("audiosep.separator.CLASSIFIER", "none-such")
     noise = torch.fft.rfft(torch.randn(2, 3, 16000, generator=torch.Generator().manual_seed(0)))
     f = torch.fft.rfftfreq(16000, 1 / 16000)
     low, high = (torch.fft.irfft(noise[0] * (f < 1000) * 0.2), torch.fft.irfft(noise[1] * (f > 3000) * 0.1))
@@ -82,13 +82,13 @@ def tone(frequency, level=0.1):
 
 @pytest.fixture
 def ears(monkeypatch):
-    tagger = Ears(["LOW", "High"])
-    tagger.origin = {"folder": "ears", "sha256": "0"}
-    monkeypatch.setattr("audiosep.hub.load_model", lambda *_: tagger)
+    classifier = Ears(["LOW", "High"])
+    classifier.origin = {"folder": "ears", "sha256": "0"}
+    monkeypatch.setattr("audiosep.hub.load_model", lambda *_: classifier)
 
 
 def told(samples, names=("High", "Low"), channels=1):
-    """Samples (R, S * C, K, N) in the order in which a tagger tells them apart; no network is asked."""
+    """Samples (R, S * C, K, N) in the order in which a classifier tells them apart; no network is asked."""
     separator = banded()
     job = Job(separator, separator.resolve(list(names)), 16000, 16000, None, True)
     found = torch.stack(job._by_class(list(samples), channels))
@@ -96,7 +96,7 @@ def told(samples, names=("High", "Low"), channels=1):
     return found
 
 
-def test_a_tagger_that_knows_the_classes_tells_them_apart(ears):
+def test_a_classifier_that_knows_the_classes_tells_them_apart(ears):
     low, high = tone(400), tone(3500)
     right, wrong = torch.stack((high, low)), torch.stack((low, high))
     assert torch.equal(told(wrong[None, None]), right[None, None])
@@ -133,12 +133,12 @@ def test_a_voice_is_told_from_a_sound_of_another_prior(ears):
     assert torch.equal(told(["speech", "sound"]), right)
     assert torch.equal(told(["speech", "speech"]), wrong)
     assert torch.equal(told(["speech", "High"], preset="published"), wrong)
-    # A prior of sounds that has no classes may be of a sound that the tagger takes for a voice.
+    # A prior of sounds that has no classes may be of a sound that the classifier takes for a voice.
     own = VOICE_AND_SOUND | {"engine": ("sound", ())}
     assert torch.equal(told(["speech", "engine"], own), wrong)
 
 
-def test_what_the_tagger_can_not_tell_stays_with_its_prior(ears):
+def test_what_the_classifier_can_not_tell_stays_with_its_prior(ears):
     priors = {"male": ("speech", ()), "sound": ("sound", ("Low", "High")), "female": ("speech", ())}
     low, lower, high = tone(400), tone(400, 0.05), tone(3500)
     job = job_of(priors, ["male", "High", "female"])
@@ -200,13 +200,13 @@ def test_who_told_the_classes_is_reported(ears):
     separator = banded(steps=2)
     wave = (tone(400) + tone(3500))[None]
     report = separator(wave, 16000, ["High", "Low"]).report
-    assert report["models"]["tagger"]["sha256"] == "0"
+    assert report["models"]["classifier"]["sha256"] == "0"
     assert report["network_evaluations"] == 2 * 2 * 2
-    assert "tagger" not in separator(wave, 16000, ["Low", "Low"]).report["models"]
-    assert banded(preset="published").tagger is None
+    assert "classifier" not in separator(wave, 16000, ["Low", "Low"]).report["models"]
+    assert banded(preset="published").classifier is None
 
 
-def test_a_separator_guides_where_the_tagger_knows_the_classes(ears):
+def test_a_separator_guides_where_the_classifier_knows_the_classes(ears):
     wave = (tone(400) + tone(3500)).numpy()[None]
     guided, plain = banded(steps=4), banded(steps=4, guidance=0)
     assert (guided.guidance, plain.guidance) == (GUIDANCE, 0)
@@ -217,7 +217,7 @@ def test_a_separator_guides_where_the_tagger_knows_the_classes(ears):
     with torch.inference_mode():
         again = banded(steps=4)(torch.from_numpy(wave), 16000, ["Low", "High"])
     np.testing.assert_allclose(again.sources["low"], a.sources["low"], atol=1e-6)
-    # Of three sources the two that the tagger knows are guided, in a sum of their own.
+    # Of three sources the two that the classifier knows are guided, in a sum of their own.
     known = {"sound": ("sound", ("Low", "High")), "engine": ("sound", ())}
     steer = job_of(known, ["engine", "Low", "High"]).sampler.steer
     half = 0.5 * (tone(400) + tone(3500))
@@ -233,7 +233,7 @@ def test_a_separator_guides_where_the_tagger_knows_the_classes(ears):
 @pytest.mark.parametrize("options", [{"preset": "published"}, {"sampler": "hybrid"}, {"mixing": [[1.0, 1.0]]}])
 def test_guidance_is_refused_where_it_can_not_be(options):
     assert banded(**options).guidance == 0
-    with pytest.raises(UsageError, match="guidance by the tagger"):
+    with pytest.raises(UsageError, match="guidance by the classifier"):
         banded(guidance=0.2, **options)
 
 
@@ -242,18 +242,18 @@ def test_guidance_is_not_negative():
         banded(guidance=-1)
 
 
-def test_without_a_tagger_the_priors_tell(monkeypatch, caplog, ears):
+def test_without_a_classifier_the_priors_tell(monkeypatch, caplog, ears):
     elsewhere = Ears(["Low", "High"], sample_rate=8000)
     monkeypatch.setattr("audiosep.hub.load_model", lambda *_: elsewhere)
-    assert banded().tagger is None
-    assert "the tagger hears at 8000 Hz" in caplog.text
+    assert banded().classifier is None
+    assert "the classifier hears at 8000 Hz" in caplog.text
     monkeypatch.undo()
-    monkeypatch.setattr("audiosep.separator.TAGGER", "none-such")
+    monkeypatch.setattr("audiosep.separator.CLASSIFIER", "none-such")
     separator = banded(steps=2)
     report = separator((tone(400) + tone(3500))[None], 16000, ["High", "Low"]).report
     assert "no checkpoint 'none-such'" in caplog.text
     assert report["network_evaluations"] == 2 * 2 * 2 + 2 * 4 * len(LABEL_NOISE)
-    assert "tagger" not in report["models"]
+    assert "classifier" not in report["models"]
 
 
 def adds_up(parts, wave):

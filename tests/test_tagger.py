@@ -112,6 +112,33 @@ def test_choice():
         choose([0.9] * 5, [0.9] * 3, ["cat"])
 
 
+def test_a_floor_hides_what_is_faint():
+    torch.manual_seed(0)
+    wave = torch.randn(1, RATE)
+    faint = wave + 0.01 * torch.sin(torch.arange(RATE) * 2.0)
+    moved = []
+    for floor in (1e-6, 1e3):
+        torch.manual_seed(1)
+        tagger = Tagger(["Bell"], floor=floor).eval()
+        quiet = torch.cat((torch.zeros(1, RATE), wave), 1), torch.cat((0.003 * faint, wave), 1)
+        moved.append((tagger(quiet[0]) - tagger(quiet[1])).abs().max())
+    assert moved[1] < 0.01 * moved[0]
+
+
+def test_the_loss_tells_one_class_from_the_others():
+    tagger = Tagger(["Bell", "Dog"]).eval()
+    plain, told = tagger, Tagger(["Bell", "Dog"], among=0.5).eval()
+    told.load_state_dict(plain.state_dict())
+    mixture = torch.randn(3, RATE)
+    tags = torch.tensor([[0.0, 0, 1, 0, 0, 0, 1], [0, 0, 1, 1, 0, 1, 1], [1, 0, 0, 0, 0, 0, 0]])
+    batch = {"mixture": mixture, "tags": tags}
+    bell, dog = tagger(mixture)[0, -2:].detach().logit()
+    more = torch.tensor(
+        [0.5 * torch.nn.functional.softplus(bell - dog), 0.0, 0.0]
+    )  # of the first alone one class is there
+    torch.testing.assert_close(told.loss(batch) - plain.loss(batch), more, atol=1e-5, rtol=1e-4)
+
+
 def test_loudness_does_not_matter():
     torch.manual_seed(0)
     tagger = Tagger(["Bell"]).eval()
@@ -135,6 +162,7 @@ def trained(manifest, tmp_path_factory):
             "width": 8,
             "tasks": ["1speech", "1speech+1sound", "2sound", "1sound", "2sound"],
             "alone": 0.3,
+            "among": 0.1,
         },
         "data": {"manifest": str(manifest), "segment": 1.0},
         "train": {"max_steps": 60, "batch_size": 8, "learning_rate": 1e-2, "warmup": 5, "ema": 0.9, "probe_every": 60},
