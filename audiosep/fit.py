@@ -221,11 +221,11 @@ def _start(prior: Prior, other: Prior, name: str) -> None:
 
 
 def _start_tagger(tagger: Tagger, name: str) -> None:
-    """Take over the weights and the threshold of the tagger `name`, which must be the recipe's in all else."""
+    """Take over the weights and the threshold of the tagger `name`, which must be the recipe's, its loss aside."""
     other = hub.load_model(name)
     own = {"threshold": tagger.threshold, "among": tagger.among}
     if not isinstance(other, Tagger) or other.config | own != tagger.config:
-        raise UsageError(f"tagger.start: {name} is no tagger of the recipe's classes, rate and sizes")
+        raise UsageError(f"tagger.start: {name} is no tagger of the recipe's classes, rate, sizes and floor")
     tagger.load_state_dict(other.state_dict())
     tagger.threshold = other.threshold
 
@@ -517,11 +517,11 @@ class ExpertProbe:
 
 
 class TaggerProbe:
-    """How well a tagger names the sources of held-out mixtures, as `-s auto` does: two sources at least.
+    """How well a tagger names the sources of held-out mixtures, as `-s auto` does, and stems, as the classifier does.
 
-    The threshold is the one that calls most classes rightly, less the wrong ones, on every second mixture; the others
-    are scored with it, and counted when it tells all their stems of sounds apart, given the classes, though each stem
-    holds the other sources 10 dB fainter, as a separator leaves them.
+    Two sources at least are named. The threshold is the one that calls most classes rightly, less the wrong ones, on
+    every second mixture; the others are scored with it, and counted when it tells all their stems of sounds apart,
+    given the classes, though each stem holds the other sources 10 dB fainter, as a separator leaves them.
 
     Args:
         mixtures: held-out mixtures of each task; 0 for none.

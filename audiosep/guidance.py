@@ -40,19 +40,19 @@ class ClassGuidance:
     """Moves estimates (B, K, N) towards their own classes.
 
     Args:
-        tagger: the classifier; its `fits` are the log-odds. Its weights should ask for no gradients, to save time.
+        classifier: its `fits` are the log-odds. Its weights should ask for no gradients, to save time.
         names: the K classes, two different ones at least.
         step: rms of the fields before they are cut off, in nats.
     """
 
     n_fft, hop_length = 1024, 256
 
-    def __init__(self, tagger: Tagger, names: Sequence[str], step: float) -> None:
-        self.tagger, self.names, self.step = tagger, list(names), step
+    def __init__(self, classifier: Tagger, names: Sequence[str], step: float) -> None:
+        self.classifier, self.names, self.step = classifier, list(names), step
         lowered = [name.casefold() for name in names]
         others = torch.tensor([[float(a != b) for b in lowered] for a in lowered])
         weights = torch.eye(len(names)) - others / others.sum(1, keepdim=True)
-        self.weights = weights.to(next(tagger.parameters()).device)  # here, so that no step waits for the copy
+        self.weights = weights.to(next(classifier.parameters()).device)  # here, so that no step waits for the copy
 
     def __call__(self, x: Tensor) -> Tensor:
         """Estimates (B, K, N), of the same sum, after one step."""
@@ -79,14 +79,14 @@ class ClassGuidance:
 
     def objective(self, x: Tensor) -> Tensor:
         """J of estimates (B, K, N), in nats (B,)."""
-        fits = self.tagger.fits(x, self.names)
+        fits = self.classifier.fits(x, self.names)
         return (self.weights * fits).sum((1, 2))
 
     def _nodes(self, x: Tensor, bins: int, frames: int) -> tuple[Tensor, Tensor]:
         """Weights of linear interpolation from nodes to bins (F, BANDS) and to frames (M, nodes)."""
-        hertz = torch.linspace(0, self.tagger.sample_rate / 2, bins, device=x.device)
+        hertz = torch.linspace(0, self.classifier.sample_rate / 2, bins, device=x.device)
         mel = torch.log1p(hertz / 700)
-        count = max(2, round(RATE * x.shape[-1] / self.tagger.sample_rate))
+        count = max(2, round(RATE * x.shape[-1] / self.classifier.sample_rate))
         return _hats(mel / mel[-1], BANDS), _hats(torch.linspace(0, 1, frames, device=x.device), count)
 
 

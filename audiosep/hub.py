@@ -643,8 +643,9 @@ def _card(config: Mapping[str, Any], card: Mapping[str, Any]) -> str:
         f"# {title}",
         card.get("description", f"{default}, for `audiosep`."),
         _table([{"": key, "value": value} for key, value in facts.items()]),
-        "## Use\n\n```\naudiosep separate mix.wav -n FOLDER_OR_NAME\n```",
     ]
+    if config["kind"] != "tagger":
+        blocks.append("## Use\n\n```\naudiosep separate mix.wav -n FOLDER_OR_NAME\n```")
     for heading, content in (
         ("Data", config["data"]),
         ("Training", config["training"]),

@@ -255,6 +255,12 @@ class Separator:
         )
         return None
 
+    @functools.cached_property
+    def tagger(self) -> Tagger:
+        """The shipped tagger, for "auto"; ModelError when it can't be had."""
+        tagger: Tagger = hub.load_model(TAGGER, self.device)
+        return tagger
+
     @property
     def settings(self) -> dict[str, Any]:
         """What its stems follow from besides weights, classifier, input and seed, defaults included; plain data."""
@@ -328,7 +334,7 @@ class Separator:
         Returns:
             The names found, two at least; and for the report the tagger, and the highest of all its labels' scores.
         """
-        tagger = hub.load_model(TAGGER, self.device)
+        tagger = self.tagger
         allowed = [label for label in ("speech", "sound", *tagger.classes) if self._knows(label)]
         size = round(self.segment * sample_rate)
         scores = torch.zeros(len(tagger.labels))

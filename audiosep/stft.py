@@ -50,7 +50,7 @@ def istft(bins: Tensor, n_fft: int, hop_length: int, length: int, sqrt: bool = F
     """
     real = torch.float64 if bins.dtype == torch.complex128 else torch.float32
     taper = window(n_fft, sqrt, bins.device, real)
-    # Along the last dimension: along another, code that torch 2.11 compiles for the gradient expects other strides.
+    # Along the last dimension: along another, torch 2.11 compiles a gradient that fails, as it expects other strides.
     frames = torch.fft.irfft(bins.flatten(0, -3).mT, n=n_fft) * taper  # (B, M, n_fft)
     wave = overlap_add(frames.mT, hop_length) / envelope(bins.shape[-1], n_fft, hop_length, sqrt, bins.device, real)
     half = n_fft // 2

@@ -11,8 +11,8 @@ by whose differences stems are told apart.
 
 It is trained on mixtures of the clips that the priors were trained on, so it knows the priors' classes. Two are
 shipped. One listens to recordings for `-s auto`. The other, the classifier, tells which stem is of which class, and its
-gradient guides the sampler (`audiosep.guidance`): in most of its mixtures all but one source are faint, as in a stem
-that a separator made, and count for nothing.
+gradient guides the sampler (`audiosep.guidance`): in two of three of its mixtures of several sources all but one are
+faint, as in a stem that a separator made, and count for nothing.
 
 B items, N samples, L labels, T frames.
 """
@@ -53,6 +53,9 @@ class Tagger(nn.Module):
         floor: added to the energies before the logarithm; white noise has about 25 in each band. A high one hides what
             is faint: recordings' own noise, and what a separator left of other sources.
         among: weight in the loss of telling one class from the others.
+
+    Raises:
+        UsageError: floor is not above 0, or among below.
     """
 
     n_fft, hop_length = 1024, 320
@@ -68,6 +71,8 @@ class Tagger(nn.Module):
         among: float = 0.0,
     ) -> None:
         super().__init__()
+        if floor <= 0 or among < 0:
+            raise UsageError(f"floor is above 0 and among at least 0, got {floor} and {among}")
         self.classes, self.sample_rate, self.threshold = tuple(classes), sample_rate, threshold
         self.width, self.mels, self.floor, self.among = width, mels, floor, among
         self.evaluations = 1
@@ -110,7 +115,7 @@ class Tagger(nn.Module):
         """Loss (B,) of "mixture" (B, N) against "tags" (B, L) of zeros and ones."""
         probability, tags = self(batch["mixture"]).float().clamp(1e-6, 1 - 1e-6), batch["tags"]
         loss = nn.functional.binary_cross_entropy(probability, tags, reduction="none").mean(-1)
-        if not self.among:
+        if not self.among or not self.classes:
             return loss
         odds, classes = probability[:, -len(self.classes) :].logit(), tags[:, -len(self.classes) :]
         among = nn.functional.cross_entropy(odds, classes.argmax(-1), reduction="none")

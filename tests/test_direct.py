@@ -88,6 +88,8 @@ def test_an_expert_comes_back_from_its_checkpoint(tmp_path):
         hub.load_model("speech")
     with pytest.raises(UsageError, match="can't be combined"):
         load([str(folder), "speech"])
+    with pytest.raises(UsageError, match="classifier says what a recording or a stem holds: it can't separate"):
+        load("classifier", "cpu")
     with pytest.raises(UsageError, match="has no steps"):
         load(str(folder), "cpu", steps=20)
     with pytest.raises(ModelError, match="not in the tables"):

@@ -95,6 +95,10 @@ def test_open16k_holds_out_as_much_as_is_asked_for(open16k, tmp_path):
     assert 80 <= len(held) <= 130  # of 204 recordings
     rare = [item.split for item in read_manifest(manifest) if item.label == "Agogo"]
     assert {"train", "valid"} == set(rare)
+    for wrong in (["--valid", "5"], ["--least", "0"]):
+        with pytest.raises(SystemExit):
+            prepare("open16k").main(["--root", str(open16k), "-o", str(tmp_path / "no.csv"), *wrong])
+    assert not (tmp_path / "no.csv").exists()
 
 
 def test_open16k_is_the_same_each_time_and_anywhere(open16k, tmp_path, monkeypatch):

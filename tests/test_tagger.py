@@ -114,29 +114,38 @@ def test_choice():
 
 def test_a_floor_hides_what_is_faint():
     torch.manual_seed(0)
-    wave = torch.randn(1, RATE)
-    faint = wave + 0.01 * torch.sin(torch.arange(RATE) * 2.0)
-    moved = []
-    for floor in (1e-6, 1e3):
+    loud, faint = torch.randn(2, RATE), 0.003 * torch.randn(1, RATE)
+    alone, other = (torch.cat((torch.zeros(1, RATE), wave[None]), 1) for wave in loud)
+    moved = {}
+    for floor in (1e-6, 0.5):
         torch.manual_seed(1)
         tagger = Tagger(["Bell"], floor=floor).eval()
-        quiet = torch.cat((torch.zeros(1, RATE), wave), 1), torch.cat((0.003 * faint, wave), 1)
-        moved.append((tagger(quiet[0]) - tagger(quiet[1])).abs().max())
-    assert moved[1] < 0.01 * moved[0]
+        more = alone + torch.cat((faint, torch.zeros(1, RATE)), 1)
+        scores = torch.cat([tagger(wave) for wave in (alone, more, other)])
+        moved[floor] = (scores[1:] - scores[0]).abs().amax(-1)
+    assert moved[0.5][0] < 0.01 * moved[1e-6][0]
+    assert moved[0.5][1] > 0.1 * moved[1e-6][1]
 
 
 def test_the_loss_tells_one_class_from_the_others():
-    tagger = Tagger(["Bell", "Dog"]).eval()
-    plain, told = tagger, Tagger(["Bell", "Dog"], among=0.5).eval()
+    plain, told = Tagger(["Bell", "Dog"]).eval(), Tagger(["Bell", "Dog"], among=0.5).eval()
     told.load_state_dict(plain.state_dict())
-    mixture = torch.randn(3, RATE)
     tags = torch.tensor([[0.0, 0, 1, 0, 0, 0, 1], [0, 0, 1, 1, 0, 1, 1], [1, 0, 0, 0, 0, 0, 0]])
-    batch = {"mixture": mixture, "tags": tags}
-    bell, dog = tagger(mixture)[0, -2:].detach().logit()
-    more = torch.tensor(
-        [0.5 * torch.nn.functional.softplus(bell - dog), 0.0, 0.0]
-    )  # of the first alone one class is there
+    batch = {"mixture": torch.randn(3, RATE), "tags": tags}
+    bell, dog = plain(batch["mixture"])[0, -2:].detach().logit()
+    # Only the first has exactly one class.
+    more = torch.stack((0.5 * torch.nn.functional.softplus(bell - dog), torch.tensor(0.0), torch.tensor(0.0)))
     torch.testing.assert_close(told.loss(batch) - plain.loss(batch), more, atol=1e-5, rtol=1e-4)
+
+
+def test_a_tagger_without_classes_and_settings_that_can_not_be():
+    batch = {"mixture": torch.randn(1, RATE), "tags": torch.tensor([[0.0, 0, 1, 0, 0]])}
+    plain, told = Tagger([]).eval(), Tagger([], among=0.5).eval()
+    told.load_state_dict(plain.state_dict())
+    assert torch.equal(told.loss(batch), plain.loss(batch))
+    for settings in ({"floor": 0.0}, {"among": -1.0}):
+        with pytest.raises(UsageError, match="floor is above 0 and among at least 0"):
+            Tagger(["Bell"], **settings)
 
 
 def test_loudness_does_not_matter():
@@ -196,7 +205,10 @@ def test_a_tagger_may_start_from_another(trained, manifest, tmp_path):
     before, after = (hub.load_model(root / "tagger").scores.weight for root in (trained, tmp_path))
     torch.testing.assert_close(after, before, atol=1e-3, rtol=1e-3)
     tables["tagger"]["width"] = 16
-    with pytest.raises(UsageError, match="is no tagger of the recipe's classes, rate and sizes"):
+    with pytest.raises(UsageError, match="rate, sizes and floor"):
+        fit.fit(tables, tmp_path / "other", device="cpu")
+    tables["tagger"] |= {"width": 8, "floor": 0.1}
+    with pytest.raises(UsageError, match="rate, sizes and floor"):
         fit.fit(tables, tmp_path / "other", device="cpu")
 
 

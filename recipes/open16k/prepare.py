@@ -4,8 +4,8 @@
 
 DIR holds `manifest.csv`, `speech/` and `sound/` (README.md says where they come from). About 5 % of
 train becomes `valid`: whole speakers of speech, whole original recordings (`group`) of sound, by a
-hash of their names, so that every machine chooses the same. A larger share, and fewer recordings at
-the least, make a validation split of more and of rarer classes.
+hash of their names, so that every machine chooses the same. A larger --valid and a smaller --least
+hold out more, and rarer classes.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ def main(arguments: list[str] | None = None) -> int:
     least = "a class with fewer original recordings keeps them all for training, default: 5"
     parser.add_argument("--least", type=int, default=5, help=least)
     options = parser.parse_args(arguments)
+    if not 0 <= options.valid < 1 or options.least < 1:
+        parser.error(f"--valid is a share, 0..1, --least at least 1, got {options.valid} and {options.least}")
     output = options.output
     try:
         rows = read(options.root / "manifest.csv")
@@ -93,7 +95,10 @@ def describe(missing: list[Row], total: int, root: Path) -> str:
 
 
 def split(rows: list[Row], valid: float, least: int) -> None:
-    """Move the share `valid` of train to "valid", and give clips of a crowd their own labels; in place."""
+    """Move about the share `valid` of train to "valid", and give clips of a crowd their own labels; in place.
+
+    Crowds stay, and classes with fewer than `least` original recordings.
+    """
     groups: dict[str, set[str]] = defaultdict(set)
     for row in rows:
         if row["split"] == "train":
