@@ -1,7 +1,8 @@
 """What the shipped default has over earlier ones (results/earlier/*), on the mixtures that both separated.
 
 - deterministic: the sampler that renewed no noise; sounds as they came out; the sound prior after 6,630 steps.
-- unguided: as now, but no class guidance.
+- unguided: no class guidance, and the tagger named the stems.
+- tagger: as now, but the tagger guided and named the stems, which a network of its own does now.
 
 The same seeds and recordings. Writes results/earlier/differences.jsonl: SI-SDR in dB, mean of both and of the paired
 difference, with its 95 % interval. Run: python recipes/open16k/compare.py
