@@ -55,7 +55,8 @@ SELF_NOISE = (
     0.2,
 )  # noise levels at which a sample's likelihood under its prior is measured
 # Nats by which two samples' estimates want to be of one class, times their cosine similarity: chosen, as `LEAD`, with
-# the log-odds of the tagger on held-out mixtures, where half or twice as many were as good, and none, or likeness alone, worse.
+# the log-odds of the tagger on held-out mixtures, where half or twice as many were as good, and none, or likeness
+# alone, worse.
 LIKENESS = 5.0
 # Nats for each estimate that stays with the prior that found it, however many samples and channels speak: chosen on
 # held-out mixtures, and on single sources, which without it at times left their prior for another's empty stem.
