@@ -47,7 +47,8 @@ from audiosep.errors import AudiosepError, ModelError, UsageError
 from audiosep.mixing import best_permutation
 from audiosep.progress import Callback
 from audiosep.recipe import build, check_tables
-from audiosep.separator import CLASSIFIER, LEAD, LIKENESS, Separates, Separation, mix_seed
+from audiosep.separator import LEAD, LIKENESS, Separates, Separation, mix_seed
+from audiosep.tagger import Ensemble
 
 __all__ = ["MAKERS", "Plan", "Unprocessed", "run", "score"]
 
@@ -313,7 +314,8 @@ def _trials(plan: Plan, tables: Mapping[str, Any], given: Mapping[str, Separates
             dataset = MixtureDataset(items, task, count, plan.seed, plan.segment, rate, classes=classes)
             labels = plan.labels and bool(_classes(separator))
             settings = getattr(separator, "settings", None)
-            weights = _weights(separator, tagged=dataset.n_sound > 0 and (labels or dataset.n_speech > 0))
+            tagged = dataset.n_sound > 0 and (labels or dataset.n_speech > 0)
+            classifier = getattr(separator, "classifier", None) if tagged else None
             header = {
                 "audiosep": __version__,
                 "separator": name,
@@ -324,10 +326,10 @@ def _trials(plan: Plan, tables: Mapping[str, Any], given: Mapping[str, Separates
                 "labels": labels,
                 "metrics": sorted(plan.metrics),
                 "options": {key: str(value) for key, value in sorted(own.items())} if settings is None else settings,
-                "weights": weights,
+                "weights": _weights(separator, classifier),
                 "items": dataset.fingerprint(),
             }
-            if CLASSIFIER in weights:
+            if classifier is not None:
                 header["exchange"] = [LIKENESS, LEAD]
                 header["guidance"] = getattr(separator, "guidance", 0.0)
             stems = out / "stems" if out is not None and plan.stems else None
@@ -399,13 +401,10 @@ def _shared_classes(separators: Mapping[str, Separates]) -> list[str] | None:
     return sorted(set.intersection(*known)) if known else None
 
 
-def _weights(separator: Separates, tagged: bool) -> dict[str, str]:
+def _weights(separator: Separates, classifier: Ensemble | None) -> dict[str, str]:
     """Hashes of the checkpoints, the classifier's where it may be asked: names can get other weights tomorrow."""
-    models = dict(getattr(separator, "priors", {}))
-    classifier = getattr(separator, "classifier", None) if tagged else None
-    if classifier is not None:
-        models[CLASSIFIER] = classifier
-    origins = {name: getattr(prior, "origin", {}) for name, prior in models.items()}
+    models = dict(getattr(separator, "priors", {})) | ({} if classifier is None else classifier.members)
+    origins = {name: getattr(model, "origin", {}) for name, model in models.items()}
     return {name: origin.get("sha256", "") for name, origin in origins.items()}
 
 

@@ -34,7 +34,7 @@ from audiosep.progress import Callback
 from audiosep.recipe import build, check_tables
 from audiosep.separator import Separator
 from audiosep.supervised.expert import Expert
-from audiosep.tagger import COUNTS, TaggedMixtures, Tagger
+from audiosep.tagger import COUNTS, TaggedMixtures, Tagger, leaked
 
 __all__ = ["ExpertProbe", "Probe", "build_expert", "build_prior", "draw", "fit", "run_folder"]
 
@@ -578,8 +578,7 @@ class TaggerProbe:
         scored = range(1, len(mixtures), 2)
         for i in scored:
             item = mixtures[i]
-            stems = item["sources"] + 10 ** (-10 / 20) * (item["mixture"] - item["sources"])
-            stems, names = stems[mixtures.n_speech :], item["names"][mixtures.n_speech :]
+            stems, names = leaked(item, 10.0)[mixtures.n_speech :], item["names"][mixtures.n_speech :]
             order = best_permutation(tagger.fits(stems[None].to(device), names))[0]
             right += order.tolist() == list(range(len(names)))
         return right / len(scored)

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 from audiosep.stft import istft, stft
-from audiosep.tagger import Tagger
+from audiosep.tagger import Ensemble, Tagger
 
 BANDS = 12  # nodes along frequency, evenly spaced in mel
 RATE = 2.5  # and along time, per second
@@ -47,7 +47,7 @@ class ClassGuidance:
 
     n_fft, hop_length = 1024, 256
 
-    def __init__(self, classifier: Tagger, names: Sequence[str], step: float) -> None:
+    def __init__(self, classifier: Tagger | Ensemble, names: Sequence[str], step: float) -> None:
         self.classifier, self.names, self.step = classifier, list(names), step
         lowered = [name.casefold() for name in names]
         others = torch.tensor([[float(a != b) for b in lowered] for a in lowered])

@@ -36,7 +36,7 @@ from audiosep.operators import Mixing
 from audiosep.prior import JointPrior, Prior
 from audiosep.progress import Callback
 from audiosep.samplers import PRESETS, SAMPLES, Noise, Sampler, build
-from audiosep.tagger import Tagger
+from audiosep.tagger import Ensemble, Tagger
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ Array = TypeVar("Array", np.ndarray, Tensor)
 SEGMENT = 4.0  # seconds; what the published priors were trained on
 SILENCE = 1e-7  # RMS under which a channel counts as digital silence (-140 dBFS)
 TAGGER = "tagger"  # the checkpoint that "auto" listens with
-CLASSIFIER = "classifier"  # the one that guides, and that tells which stem is of which class
+CLASSIFIERS = (TAGGER, "classifier")  # those that guide together, and that tell which stem is of which class
 REPORTED = 10  # labels whose scores a report holds
 INACTIVE = -40.0  # dB under the mixture at which a stem is flagged as inactive
 SELF_NOISE = (
@@ -218,6 +218,7 @@ class Separator:
         self.seed, self.consistent = seed, consistent
         self.batch = batch or (1 if self.device.type == "cpu" else 16)
         self.dtype, self.compiled = choose_dtype(dtype, self.device), compile
+        self._listeners: dict[str, Tagger] = {}  # each is read once
         self._build(JointPrior([]))  # wrong options are refused here, not after minutes of work
         self.samples, self.combine = samples or SAMPLES[preset], combine or "wiener"
         self.rank = (samples or 1) > 1  # the likeliest sample is wanted, too
@@ -240,12 +241,12 @@ class Separator:
         return cls(priors, device=device, **options)
 
     @functools.cached_property
-    def classifier(self) -> Tagger | None:
-        """The shipped classifier; None where it has nothing to tell, isn't there, or hears at another sample rate."""
+    def classifier(self) -> Ensemble | None:
+        """The shipped classifiers; None where they have nothing to tell, aren't there, or hear at another rate."""
         if not self.exchanges or not any(prior.classes for prior in self.priors.values()):
             return None
         try:
-            classifier = hub.load_model(CLASSIFIER, self.device)
+            classifier = Ensemble({name: self._listener(name) for name in CLASSIFIERS})
         except ModelError as error:
             log.warning("sounds are told apart by their priors alone, as there is no classifier: %s", error)
             return None
@@ -256,11 +257,15 @@ class Separator:
         )
         return None
 
-    @functools.cached_property
+    @property
     def tagger(self) -> Tagger:
         """The shipped tagger, for "auto"; ModelError when it can't be had."""
-        tagger: Tagger = hub.load_model(TAGGER, self.device)
-        return tagger
+        return self._listener(TAGGER)
+
+    def _listener(self, name: str) -> Tagger:
+        if name not in self._listeners:
+            self._listeners[name] = hub.load_model(name, self.device)
+        return self._listeners[name]
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -535,7 +540,7 @@ class Separator:
         groups = alone if self.classifier_of(sources) is None else [list(range(len(sources)))]
         return [group for group in groups if len(set(self.classes_of([sources[k] for k in group]))) > 1]
 
-    def classifier_of(self, sources: Sequence[Source]) -> Tagger | None:
+    def classifier_of(self, sources: Sequence[Source]) -> Ensemble | None:
         """The classifier, where it knows these sources' classes; a prior without any may be of a sound of its own."""
         priors = [self.priors[source.prior] for source in sources]
         if not all(prior.classes or prior.kind == "speech" for prior in priors):
@@ -820,7 +825,7 @@ class Job:
     def _of(self, members: Sequence[int]) -> list[Source]:
         return [self.sources[k] for k in members]
 
-    def _classifier_of(self, members: Sequence[int]) -> Tagger | None:
+    def _classifier_of(self, members: Sequence[int]) -> Ensemble | None:
         return self.separator.classifier_of(self._of(members))
 
     def _log_likelihood(self, x: Tensor) -> Tensor:
@@ -948,7 +953,8 @@ class Job:
         separator = self.separator
         models: dict[str, Any] = {name: {"name": name, **prior.origin} for name, prior in separator.priors.items()}
         if separator.classifier is not None and any(self._classifier_of(group) for group in self.exchanged):
-            models.setdefault(CLASSIFIER, {"name": CLASSIFIER, **separator.classifier.origin})
+            for name, member in separator.classifier.members.items():
+                models.setdefault(name, {"name": name, **member.origin})
         return {
             "models": models,
             "sampler": {

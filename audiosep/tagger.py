@@ -10,16 +10,17 @@ Where one class alone is there, the loss may also have the cross-entropy of the 
 by whose differences stems are told apart.
 
 It is trained on mixtures of the clips that the priors were trained on, so it knows the priors' classes. Two are
-shipped. One listens to recordings for `-s auto`. The other, the classifier, tells which stem is of which class, and its
-gradient guides the sampler (`audiosep.guidance`): in two of three of its mixtures of several sources all but one are
-faint, as in a stem that a separator made, and count for nothing.
+shipped. The tagger listens to recordings for `-s auto`, and knows voices better; the classifier knows sounds better: in
+two of three of its mixtures of several sources all but one are faint, as in a stem that a separator made, and count for
+nothing. Together (`Ensemble`) they tell which stem is of which class, and their gradient guides the sampler
+(`audiosep.guidance`).
 
 B items, N samples, L labels, T frames.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -27,17 +28,19 @@ import librosa
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
 from torch.utils.data import Dataset
 
 from audiosep.data import MixtureDataset
 from audiosep.errors import UsageError
 from audiosep.stft import stft
 
-__all__ = ["COUNTS", "TaggedMixtures", "Tagger"]
+__all__ = ["COUNTS", "Ensemble", "TaggedMixtures", "Tagger", "leaked"]
 
 # Labels beside the classes of sound: the first is there from one such source on, the second from two on, ...
 COUNTS = {"speech": ("speech", "second speech"), "sound": ("sound", "second sound", "third sound")}
 HEARD = 0.5  # score from which a voice or a sound is there
+SURE = 13.8  # nats at which a label's log-odds end, that of one in a million
 FAINT = (5.0, 25.0)  # dB that what counts for nothing lies under the rest
 
 
@@ -103,21 +106,26 @@ class Tagger(nn.Module):
 
     def forward(self, mixture: Tensor) -> Tensor:
         """Probability of every label (B, L)."""
+        return self.log_odds(mixture).sigmoid()
+
+    def log_odds(self, mixture: Tensor) -> Tensor:
+        """log(p / (1 - p)) of every label (B, L), as exact, and so is its gradient, where p rounds to 0 or 1."""
         # Limited before the root, whose gradient is infinite in silence.
         rms = mixture.square().mean(-1, keepdim=True).clamp(min=1e-14).sqrt()
         power = stft(mixture / rms, self.n_fft, self.hop_length).abs().square()
         heard = torch.log(self.bands @ power + self.floor)[:, None]  # type: ignore[operator]
         frames = self.stack(heard).mean(2)  # (B, channels, T)
-        weight = self.attention(frames).softmax(-1)
-        return (weight * self.scores(frames).sigmoid()).sum(-1)
+        weight, scores = self.attention(frames).float().log_softmax(-1), self.scores(frames).float()
+        there, absent = ((weight + logsigmoid(z)).logsumexp(-1) for z in (scores, -scores))
+        return there - absent
 
     def loss(self, batch: dict[str, Any]) -> Tensor:
         """Loss (B,) of "mixture" (B, N) against "tags" (B, L) of zeros and ones."""
-        probability, tags = self(batch["mixture"]).float().clamp(1e-6, 1 - 1e-6), batch["tags"]
-        loss = nn.functional.binary_cross_entropy(probability, tags, reduction="none").mean(-1)
+        odds, tags = self.log_odds(batch["mixture"]).clamp(-SURE, SURE), batch["tags"]
+        loss = nn.functional.binary_cross_entropy_with_logits(odds, tags, reduction="none").mean(-1)
         if not self.among or not self.classes:
             return loss
-        odds, classes = probability[:, -len(self.classes) :].logit(), tags[:, -len(self.classes) :]
+        odds, classes = odds[:, -len(self.classes) :], tags[:, -len(self.classes) :]
         among = nn.functional.cross_entropy(odds, classes.argmax(-1), reduction="none")
         return loss + self.among * among * (classes.sum(-1) == 1)
 
@@ -131,7 +139,7 @@ class Tagger(nn.Module):
         As the labels are independent, log p of a stem's own labels and no others is the sum of their log-odds, but for
         a constant of the stem: those of "speech", of "sound", or of "sound" and the class.
         """
-        odds = self(stems.flatten(0, 1)).float().logit(eps=1e-6).unflatten(0, stems.shape[:2])
+        odds = self.log_odds(stems.flatten(0, 1)).clamp(-SURE, SURE).unflatten(0, stems.shape[:2])
         index = {label.casefold(): i for i, label in enumerate(self.labels)}
         fits = []
         for name in names:
@@ -166,6 +174,34 @@ class Tagger(nn.Module):
         best = sorted(classes, key=lambda label: -table[label])[: len(heard) - voices]
         called = [label for label in best if table[label] >= self.threshold or "sound" not in names]
         return ["speech"] * voices + called + ["sound"] * (len(heard) - voices - len(called))
+
+
+class Ensemble(nn.Module):
+    """Taggers that tell classes apart together: what one errs in the other may know.
+
+    Args:
+        members: name -> tagger, one at least, all of one sample rate.
+
+    Raises:
+        UsageError: their sample rates differ.
+    """
+
+    def __init__(self, members: Mapping[str, Tagger]) -> None:
+        super().__init__()
+        rates = {name: member.sample_rate for name, member in members.items()}
+        if len(set(rates.values())) > 1:
+            raise UsageError(f"taggers that are asked together must share a sample rate, got {rates}")
+        self.members = dict(members)
+        self.sample_rate = next(iter(rates.values()))
+        self._members = nn.ModuleList(members.values())  # for their parameters
+
+    def knows(self, names: Sequence[str]) -> bool:
+        """Whether every member does."""
+        return all(member.knows(names) for member in self.members.values())
+
+    def fits(self, stems: Tensor, names: Sequence[str]) -> Tensor:
+        """The sum of the members' `Tagger.fits`, in nats (B, K, J)."""
+        return torch.stack([member.fits(stems, names) for member in self.members.values()]).sum(0)
 
 
 class TaggedMixtures(Dataset[dict[str, Tensor]]):
@@ -214,6 +250,12 @@ class TaggedMixtures(Dataset[dict[str, Tensor]]):
             if label.casefold() in self.index:
                 tags[self.index[label.casefold()]] = 1.0
         return tags
+
+
+def leaked(item: Mapping[str, Any], faint: float) -> Tensor:
+    """The stems (K, N) of a mixture, each with the others `faint` dB fainter, as a separator leaves them."""
+    stems: Tensor = item["sources"]
+    return stems + 10 ** (-faint / 20) * (item["mixture"] - stems)
 
 
 def _block(into: int, out: int) -> nn.Sequential:

@@ -163,12 +163,17 @@ def test_rows_of_another_run_are_not_mixed_in(manifest, tmp_path):
         run(manifest, Fake(manifest, "1speech+1sound"), out=tmp_path)
 
 
+def ears(**digests):
+    """Classifiers: name -> hash."""
+    return SimpleNamespace(members={name: SimpleNamespace(origin={"sha256": digests[name]}) for name in digests})
+
+
 @pytest.mark.parametrize(("task", "again"), [("1speech+1sound", 2), ("2sound", 2), ("2speech", 0)])
 def test_rows_are_the_classifiers_too_where_it_tells_the_sources_apart(manifest, tmp_path, task, again):
     asked = []
     for digest in ("first", "second"):
         fake = Fake(manifest, task)
-        fake.classifier = SimpleNamespace(origin={"sha256": digest})
+        fake.classifier = ears(first="0", second=digest)
         run(manifest, fake, task=task, out=tmp_path, count=2)
         asked.append(len(fake.asked))
     assert asked == [2, again]
@@ -179,7 +184,7 @@ def test_rows_are_the_guidances_too_where_there_is_any(manifest, tmp_path):
     for task in ("1speech+1sound", "2speech"):
         for guidance in (0.3, 0.0):
             fake = Fake(manifest, task)
-            fake.classifier, fake.guidance = SimpleNamespace(origin={"sha256": "0"}), guidance
+            fake.classifier, fake.guidance = ears(one="0"), guidance
             run(manifest, fake, task=task, out=tmp_path / task, count=2)
             asked.append(len(fake.asked))
     assert asked == [2, 2, 2, 0]
@@ -385,7 +390,7 @@ def test_the_best_order_of_three(manifest):
 
 
 def test_the_real_separator(manifest, tmp_path, monkeypatch):
-    monkeypatch.setattr("audiosep.separator.CLASSIFIER", "none-such")
+    monkeypatch.setattr("audiosep.separator.CLASSIFIERS", ("none-such",))
     torch.manual_seed(0)
     small = {"width": 8, "depth": (1, 1, 1, 1, 1), "heads": 2, "condition_dim": 8, "squeeze": 2, "patch": (4, 4)}
     make = {"speech": (), "sound": ("Bark", "Door")}

@@ -14,7 +14,7 @@ from audiosep.errors import UsageError
 from audiosep.prior import Prior
 from audiosep.schedules import ve
 from audiosep.separator import Separator
-from audiosep.tagger import TaggedMixtures, Tagger
+from audiosep.tagger import Ensemble, TaggedMixtures, Tagger, leaked
 
 RATE = 16000
 TONES = {"Low": 300.0, "High": 3000.0}
@@ -89,6 +89,14 @@ def test_how_well_stems_fit_classes():
     speech, sound, bell, dog = (odds[..., tagger.labels.index(label)] for label in ("speech", "sound", "Bell", "Dog"))
     fits = tagger.fits(stems, ["dog", "sound", "Speech", "BELL"])
     assert torch.allclose(fits, torch.stack((sound + dog, sound, speech, sound + bell), -1), atol=1e-5)
+    both = Ensemble({"one": tagger, "other": Tagger(["Dog", "Bell", "Rain"]).eval()})
+    other = both.members["other"].fits(stems, ["dog", "sound", "Speech", "BELL"])
+    assert torch.allclose(both.fits(stems, ["dog", "sound", "Speech", "BELL"]), fits + other)
+    assert both.knows(["Dog", "speech"])
+    assert not both.knows(["rain"])
+    assert len(list(both.parameters())) == 2 * len(list(tagger.parameters()))
+    with pytest.raises(UsageError, match=r"share a sample rate, got \{'a': 16000, 'b': 8000\}"):
+        Ensemble({"a": tagger, "b": Tagger(["Dog"], sample_rate=8000)})
     assert tagger.knows(["bell", "Speech"])
     assert not tagger.knows(["bell", "second sound"])
 
@@ -136,6 +144,28 @@ def test_the_loss_tells_one_class_from_the_others():
     # Only the first has exactly one class.
     more = torch.stack((0.5 * torch.nn.functional.softplus(bell - dog), torch.tensor(0.0), torch.tensor(0.0)))
     torch.testing.assert_close(told.loss(batch) - plain.loss(batch), more, atol=1e-5, rtol=1e-4)
+
+
+def test_log_odds_are_exact_where_the_score_rounds_to_one():
+    torch.manual_seed(0)
+    tagger, wave = Tagger(["Bell"]).eval(), torch.randn(2, RATE)
+    score = tagger(wave)
+    torch.testing.assert_close(tagger.log_odds(wave), score.logit(), atol=1e-5, rtol=0)
+    with torch.no_grad():
+        tagger.scores.bias += 25
+    assert (tagger(wave) == 1).all()
+    expected = tagger.double().log_odds(wave.double())
+    tagger.float().requires_grad_(False)
+    odds = tagger.log_odds(wave.requires_grad_())
+    torch.testing.assert_close(odds, expected, atol=1e-4, rtol=0)
+    odds.sum().backward()
+    assert wave.grad.abs().amax() > 0
+
+
+def test_a_stem_holds_what_leaked():
+    sources = torch.eye(3)[:, :2]
+    item = {"sources": sources, "mixture": sources.sum(0)}
+    assert torch.allclose(leaked(item, 20.0), torch.tensor([[1, 0.1], [0.1, 1], [0.1, 0.1]]))
 
 
 def test_a_tagger_without_classes_and_settings_that_can_not_be():

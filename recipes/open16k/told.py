@@ -25,6 +25,7 @@ from torch import Tensor
 from audiosep import hub
 from audiosep.data import MixtureDataset, read_manifest
 from audiosep.mixing import best_permutation
+from audiosep.tagger import Ensemble, leaked
 
 TASKS = ("1speech+1sound", "1speech+2sound", "2sound", "3sound")
 
@@ -47,8 +48,9 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, required=True)
     options = parser.parse_args()
     items = read_manifest(options.manifest, split="valid")
-    networks = {Path(name).name: hub.load_model(name).eval() for name in options.networks}
-    classes = next(iter(networks.values())).classes
+    taggers = {Path(name).name: hub.load_model(name) for name in options.networks}
+    networks = taggers | ({"together": Ensemble(taggers)} if len(taggers) > 1 else {})
+    classes = next(iter(taggers.values())).classes
     lines = []
     for task in TASKS:
         mixtures = MixtureDataset(items, task, options.count, 3, classes=classes)
@@ -56,12 +58,9 @@ def main() -> None:
             found: dict[str, list[tuple[float, float]]] = {}
             for i in range(options.count):
                 item = mixtures[i]
-                stems = item["sources"] + 10 ** (-faint / 20) * (item["mixture"] - item["sources"])
-                fits = {name: network.fits(stems[None], item["names"])[0] for name, network in networks.items()}
-                if len(fits) > 1:
-                    fits["together"] = torch.stack(list(fits.values())).sum(0)
-                for name, value in fits.items():
-                    found.setdefault(name, []).append(scores(value))
+                stems = leaked(item, faint)[None]
+                for name, network in networks.items():
+                    found.setdefault(name, []).append(scores(network.fits(stems, item["names"])[0]))
             for name, values in found.items():
                 pairs, everything = (round(sum(column) / len(values), 3) for column in zip(*values))
                 row = {"task": task, "faint_db": faint, "network": name, "pairs": pairs, "all": everything}
