@@ -44,11 +44,12 @@ from audiosep.baselines import ORACLES
 from audiosep.data import MixtureDataset, parse_task, read_manifest
 from audiosep.direct import load
 from audiosep.errors import AudiosepError, ModelError, UsageError
+from audiosep.guidance import BANDS, LARGEST, RATE
 from audiosep.mixing import best_permutation
 from audiosep.progress import Callback
 from audiosep.recipe import build, check_tables
+from audiosep.samplers.mmps import STEERED
 from audiosep.separator import LEAD, LIKENESS, Separates, Separation, mix_seed
-from audiosep.tagger import Ensemble
 
 __all__ = ["MAKERS", "Plan", "Unprocessed", "run", "score"]
 
@@ -326,12 +327,13 @@ def _trials(plan: Plan, tables: Mapping[str, Any], given: Mapping[str, Separates
                 "labels": labels,
                 "metrics": sorted(plan.metrics),
                 "options": {key: str(value) for key, value in sorted(own.items())} if settings is None else settings,
-                "weights": _weights(separator, classifier),
+                "weights": _hashes(getattr(separator, "priors", {})),
                 "items": dataset.fingerprint(),
             }
             if classifier is not None:
+                header["classifiers"] = _hashes(classifier.members)
                 header["exchange"] = [LIKENESS, LEAD]
-                header["guidance"] = getattr(separator, "guidance", 0.0)
+                header["guidance"] = [getattr(separator, "guidance", 0.0), STEERED, BANDS, RATE, LARGEST]
             stems = out / "stems" if out is not None and plan.stems else None
             seed = mix_seed(plan.seed, getattr(separator, "seed", 0))
             trials.append(Trial(name, separator, dataset, labels, plan.metrics, header, seed, stems))
@@ -401,11 +403,9 @@ def _shared_classes(separators: Mapping[str, Separates]) -> list[str] | None:
     return sorted(set.intersection(*known)) if known else None
 
 
-def _weights(separator: Separates, classifier: Ensemble | None) -> dict[str, str]:
-    """Hashes of the checkpoints, the classifier's where it may be asked: names can get other weights tomorrow."""
-    models = dict(getattr(separator, "priors", {})) | ({} if classifier is None else classifier.members)
-    origins = {name: getattr(model, "origin", {}) for name, model in models.items()}
-    return {name: origin.get("sha256", "") for name, origin in origins.items()}
+def _hashes(models: Mapping[str, Any]) -> dict[str, str]:
+    """Hashes of checkpoints: names can get other weights tomorrow."""
+    return {name: getattr(model, "origin", {}).get("sha256", "") for name, model in models.items()}
 
 
 def _todo(trials: Sequence[Trial]) -> Iterator[tuple[int, int, Trial, int]]:

@@ -26,8 +26,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool2d
 
+from audiosep.mixing import around
 from audiosep.stft import istft, stft
 from audiosep.tagger import Ensemble, Tagger
 
@@ -61,8 +61,7 @@ class ClassGuidance:
 
     def _stepped(self, x: Tensor) -> Tensor:
         total = stft(x.sum(1, keepdim=True), self.n_fft, self.hop_length)
-        power = stft(x, self.n_fft, self.hop_length).abs().square()
-        power = avg_pool2d(power.flatten(0, 1)[:, None], 3, 1, 1).view(power.shape)
+        power = around(stft(x, self.n_fft, self.hop_length).abs().square(), 3, 3)
         floor = 1e-6 * power.amax((1, 2, 3), keepdim=True) + torch.finfo(power.dtype).tiny
         log = (power + floor).log()
         rows, columns = self._nodes(x, *log.shape[-2:])

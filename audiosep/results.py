@@ -285,7 +285,7 @@ def write(
     for example in examples:
         tracks += _tracks(example)
     facts: dict[str, Any] = {f"{s['separator']}, {s['task']}": s["options"] for s in summaries}
-    facts["weights"] = {s["separator"]: s["weights"] for s in summaries if s["weights"]}
+    facts["weights"] = {s["separator"]: s["weights"] | s.get("classifiers", {}) for s in summaries if s["weights"]}
     facts["left out"] = _notes(summaries, published)
     if not tracks:
         facts["players"] = "none: the stems were not kept"

@@ -45,7 +45,7 @@ Array = TypeVar("Array", np.ndarray, Tensor)
 SEGMENT = 4.0  # seconds; what the published priors were trained on
 SILENCE = 1e-7  # RMS under which a channel counts as digital silence (-140 dBFS)
 TAGGER = "tagger"  # the checkpoint that "auto" listens with
-CLASSIFIERS = (TAGGER, "classifier")  # those that guide together, and that tell which stem is of which class
+CLASSIFIER = "classifier"  # the one that guides with it, and tells which stem is of which class
 REPORTED = 10  # labels whose scores a report holds
 INACTIVE = -40.0  # dB under the mixture at which a stem is flagged as inactive
 SELF_NOISE = (
@@ -242,11 +242,11 @@ class Separator:
 
     @functools.cached_property
     def classifier(self) -> Ensemble | None:
-        """The shipped classifiers; None where they have nothing to tell, aren't there, or hear at another rate."""
+        """The shipped tagger and classifier as one; None where they have nothing to tell, or hear at another rate."""
         if not self.exchanges or not any(prior.classes for prior in self.priors.values()):
             return None
         try:
-            classifier = Ensemble({name: self._listener(name) for name in CLASSIFIERS})
+            classifier = Ensemble(self.tagger, self._listener(CLASSIFIER))
         except ModelError as error:
             log.warning("sounds are told apart by their priors alone, as there is no classifier: %s", error)
             return None
@@ -951,12 +951,13 @@ class Job:
     def _about(self) -> dict[str, Any]:
         """The report's part on what separated."""
         separator = self.separator
-        models: dict[str, Any] = {name: {"name": name, **prior.origin} for name, prior in separator.priors.items()}
+        asked: dict[str, Any] = {}
         if separator.classifier is not None and any(self._classifier_of(group) for group in self.exchanged):
-            for name, member in separator.classifier.members.items():
-                models.setdefault(name, {"name": name, **member.origin})
+            members = separator.classifier.members
+            asked = {"classifiers": {name: {"name": name, **member.origin} for name, member in members.items()}}
         return {
-            "models": models,
+            "models": {name: {"name": name, **prior.origin} for name, prior in separator.priors.items()},
+            **asked,
             "sampler": {
                 "name": separator.sampler or PRESETS[separator.preset],
                 "preset": separator.preset,

@@ -10,7 +10,7 @@ Where one class alone is there, the loss may also have the cross-entropy of the 
 by whose differences stems are told apart.
 
 It is trained on mixtures of the clips that the priors were trained on, so it knows the priors' classes. Two are
-shipped. The tagger listens to recordings for `-s auto`, and knows voices better; the classifier knows sounds better: in
+shipped. The tagger listens to recordings for `-s auto`, and knows voices better. The classifier knows sounds better: in
 two of three of its mixtures of several sources all but one are faint, as in a stem that a separator made, and count for
 nothing. Together (`Ensemble`) they tell which stem is of which class, and their gradient guides the sampler
 (`audiosep.guidance`).
@@ -177,31 +177,47 @@ class Tagger(nn.Module):
 
 
 class Ensemble(nn.Module):
-    """Taggers that tell classes apart together: what one errs in the other may know.
+    """Two taggers as one: the first tells voices from sounds, both together which sound it is.
 
     Args:
-        members: name -> tagger, one at least, all of one sample rate.
+        tagger: trained on mixtures, it knows voices better.
+        classifier: trained on stems, it knows sounds better.
 
     Raises:
         UsageError: their sample rates differ.
     """
 
-    def __init__(self, members: Mapping[str, Tagger]) -> None:
+    def __init__(self, tagger: Tagger, classifier: Tagger) -> None:
         super().__init__()
-        rates = {name: member.sample_rate for name, member in members.items()}
-        if len(set(rates.values())) > 1:
-            raise UsageError(f"taggers that are asked together must share a sample rate, got {rates}")
-        self.members = dict(members)
-        self.sample_rate = next(iter(rates.values()))
-        self._members = nn.ModuleList(members.values())  # for their parameters
+        self.tagger, self.classifier = tagger, classifier
+        self.sample_rate = tagger.sample_rate
+        if classifier.sample_rate != self.sample_rate:
+            raise UsageError(
+                f"taggers that are asked together must share a sample rate, got {self.sample_rate} and "
+                f"{classifier.sample_rate}"
+            )
+
+    @property
+    def members(self) -> dict[str, Tagger]:
+        """Both by name."""
+        return {"tagger": self.tagger, "classifier": self.classifier}
 
     def knows(self, names: Sequence[str]) -> bool:
-        """Whether every member does."""
-        return all(member.knows(names) for member in self.members.values())
+        """Whether both do."""
+        return self.tagger.knows(names) and self.classifier.knows(names)
 
     def fits(self, stems: Tensor, names: Sequence[str]) -> Tensor:
-        """The sum of the members' `Tagger.fits`, in nats (B, K, J)."""
-        return torch.stack([member.fits(stems, names) for member in self.members.values()]).sum(0)
+        """How well each of stems (B, K, N) fits each of J names, in nats (B, K, J).
+
+        The tagger's `fits`, and for sounds how far the classifier's lie above the mean of its fits to these sounds.
+        """
+        fits = self.tagger.fits(stems, names)
+        sounds = [j for j, name in enumerate(names) if name.casefold() not in COUNTS["speech"]]
+        if len({names[j].casefold() for j in sounds}) < 2:
+            return fits
+        among = self.classifier.fits(stems, [names[j] for j in sounds])
+        index = torch.tensor(sounds).to(fits.device)
+        return fits.index_add(-1, index, among - among.mean(-1, keepdim=True))
 
 
 class TaggedMixtures(Dataset[dict[str, Tensor]]):

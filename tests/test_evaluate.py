@@ -390,7 +390,7 @@ def test_the_best_order_of_three(manifest):
 
 
 def test_the_real_separator(manifest, tmp_path, monkeypatch):
-    monkeypatch.setattr("audiosep.separator.CLASSIFIERS", ("none-such",))
+    monkeypatch.setattr("audiosep.separator.CLASSIFIER", "none-such")
     torch.manual_seed(0)
     small = {"width": 8, "depth": (1, 1, 1, 1, 1), "heads": 2, "condition_dim": 8, "squeeze": 2, "patch": (4, 4)}
     make = {"speech": (), "sound": ("Bark", "Door")}

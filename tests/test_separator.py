@@ -44,7 +44,7 @@ def banded(**options):
 
 
 def test_estimates_go_to_the_class_that_they_fit(monkeypatch):
-    monkeypatch.setattr("audiosep.separator.CLASSIFIERS", ("none-such",))
+    monkeypatch.setattr("audiosep.separator.CLASSIFIER", "none-such")
     noise = torch.fft.rfft(torch.randn(2, 3, 16000, generator=torch.Generator().manual_seed(0)))
     f = torch.fft.rfftfreq(16000, 1 / 16000)
     low, high = (torch.fft.irfft(noise[0] * (f < 1000) * 0.2), torch.fft.irfft(noise[1] * (f > 3000) * 0.1))
@@ -200,9 +200,10 @@ def test_who_told_the_classes_is_reported(ears):
     separator = banded(steps=2)
     wave = (tone(400) + tone(3500))[None]
     report = separator(wave, 16000, ["High", "Low"]).report
-    assert [report["models"][name]["sha256"] for name in ("tagger", "classifier")] == ["0", "0"]
+    hashes = {name: facts["sha256"] for name, facts in report["classifiers"].items()}
+    assert hashes == {"tagger": "0", "classifier": "0"}
     assert report["network_evaluations"] == 2 * 2 * 2
-    assert "classifier" not in separator(wave, 16000, ["Low", "Low"]).report["models"]
+    assert "classifiers" not in separator(wave, 16000, ["Low", "Low"]).report
     assert banded(preset="published").classifier is None
 
 
@@ -248,12 +249,12 @@ def test_without_a_classifier_the_priors_tell(monkeypatch, caplog, ears):
     assert banded().classifier is None
     assert "the classifier hears at 8000 Hz" in caplog.text
     monkeypatch.undo()
-    monkeypatch.setattr("audiosep.separator.CLASSIFIERS", ("none-such",))
+    monkeypatch.setattr("audiosep.separator.CLASSIFIER", "none-such")
     separator = banded(steps=2)
     report = separator((tone(400) + tone(3500))[None], 16000, ["High", "Low"]).report
     assert "no checkpoint 'none-such'" in caplog.text
     assert report["network_evaluations"] == 2 * 2 * 2 + 2 * 4 * len(LABEL_NOISE)
-    assert "classifier" not in report["models"]
+    assert "classifiers" not in report
 
 
 def adds_up(parts, wave):

@@ -89,16 +89,24 @@ def test_how_well_stems_fit_classes():
     speech, sound, bell, dog = (odds[..., tagger.labels.index(label)] for label in ("speech", "sound", "Bell", "Dog"))
     fits = tagger.fits(stems, ["dog", "sound", "Speech", "BELL"])
     assert torch.allclose(fits, torch.stack((sound + dog, sound, speech, sound + bell), -1), atol=1e-5)
-    both = Ensemble({"one": tagger, "other": Tagger(["Dog", "Bell", "Rain"]).eval()})
-    other = both.members["other"].fits(stems, ["dog", "sound", "Speech", "BELL"])
-    assert torch.allclose(both.fits(stems, ["dog", "sound", "Speech", "BELL"]), fits + other)
-    assert both.knows(["Dog", "speech"])
-    assert not both.knows(["rain"])
-    assert len(list(both.parameters())) == 2 * len(list(tagger.parameters()))
-    with pytest.raises(UsageError, match=r"share a sample rate, got \{'a': 16000, 'b': 8000\}"):
-        Ensemble({"a": tagger, "b": Tagger(["Dog"], sample_rate=8000)})
     assert tagger.knows(["bell", "Speech"])
     assert not tagger.knows(["bell", "second sound"])
+
+
+def test_together_the_tagger_tells_voices_from_sounds_and_both_which_sound():
+    tagger, classifier = Tagger(["Bell", "Dog"]).eval(), Tagger(["Dog", "Bell", "Rain"]).eval()
+    both, stems = Ensemble(tagger, classifier), torch.randn(2, 3, RATE)
+    names = ["dog", "Speech", "BELL"]
+    dog, _, bell = classifier.fits(stems, names).unbind(-1)
+    expected = tagger.fits(stems, names) + torch.stack((dog - bell, 0 * dog, bell - dog), -1) / 2
+    torch.testing.assert_close(both.fits(stems, names), expected, atol=1e-5, rtol=0)
+    for alone in (["Speech", "Bell"], ["speech", "dog", "Dog"]):  # one class of sound: nothing to tell
+        assert torch.equal(both.fits(stems, alone), tagger.fits(stems, alone))
+    assert both.knows(["Dog", "speech"])
+    assert not both.knows(["rain"])
+    assert both.members == {"tagger": tagger, "classifier": classifier}
+    with pytest.raises(UsageError, match="share a sample rate, got 16000 and 8000"):
+        Ensemble(tagger, Tagger(["Dog"], sample_rate=8000))
 
 
 def test_choice():

@@ -3,7 +3,7 @@
 Every stem of a held-out mixture holds the other sources `--faint` dB fainter, as a separator leaves them. `pairs` is
 how often a stem fits its own class better than that of another source (what class guidance climbs), `all` how often
 the best assignment of the mixture's stems is the true one (what names them); chance is 1/2, and 1/K! for K sources.
-Together, the log-odds of all are added.
+Of two networks, tagger and classifier, a third row is what the separator asks: both together.
 
     python recipes/open16k/prepare.py --root DIR --valid 0.15 --least 3 -o data/open16k-rare.csv
     for n in tagger classifier; do
@@ -49,7 +49,7 @@ def main() -> None:
     options = parser.parse_args()
     items = read_manifest(options.manifest, split="valid")
     taggers = {Path(name).name: hub.load_model(name) for name in options.networks}
-    networks = taggers | ({"together": Ensemble(taggers)} if len(taggers) > 1 else {})
+    networks = taggers | ({"together": Ensemble(*taggers.values())} if len(taggers) == 2 else {})
     classes = next(iter(taggers.values())).classes
     lines = []
     for task in TASKS:
