@@ -515,3 +515,13 @@ def test_recipes_of_evaluations_name_what_is_there(path, gaussian):
             options = {key: table[key] for key in ("sampler", "preset", "steps") if key in table}
             build_sampler(gaussian.joint, **options, **separator.sampler_options(table.get("sampling", {})))
     evaluate._check_published(tables.get("published", {}), plan)
+
+
+def test_the_numbers_in_the_readme_are_those_of_the_files():
+    made = prepare("open16k", "scores")
+    text = made.README.read_text(encoding="utf-8")
+    assert made.filled(text) == text
+    assert made.filled(text.replace("| 1 speech + 2 sounds |", "| mistaken |")) == text
+    with pytest.raises(SystemExit, match="no place for example"):
+        made.filled(text.replace("<!-- /example -->", ""))
+    assert [made.number(x) for x in (-0.04, -0.06, 1.25, 2.0)] == ["0.0", "-0.1", "1.2", "2.0"]

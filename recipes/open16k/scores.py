@@ -1,0 +1,130 @@
+"""Fill in the numbers of the main README, from the files that evaluations wrote.
+
+What stands between `<!-- NAME -->` and `<!-- /NAME -->` is replaced by the table of that name:
+
+- scores: the shipped default on each task (`results/TASK/summary.json`), its rivals on 1 speech + 1 sound
+  (`../unasdiff/results/rivals/summary.json`), and both outside the corpus (`../outside/results/summary.json`).
+- differences: what it has over earlier defaults, paired (`results/earlier/differences.jsonl`, by `compare.py`).
+- example: the recording of the first minute (`../example/result.json`).
+
+Run: python recipes/open16k/scores.py
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+README = HERE.parents[1] / "README.md"
+TASKS = {
+    "1speech+1sound": "1 speech + 1 sound",
+    "1speech+2sound": "1 speech + 2 sounds",
+    "2sound": "2 sounds",
+    "3sound": "3 sounds",
+    "2speech": "2 speech",
+}
+RIVALS = {
+    "": HERE.parent / "unasdiff/results/rivals/summary.json",
+    "outside the corpus: ": HERE.parent / "outside/results/summary.json",
+}
+EARLIER = {
+    "unguided": "no class guidance, the tagger's names",
+    "tagger": "guidance and names by the tagger alone",
+    "classifier": "by the classifier alone",
+    "deterministic": "the deterministic sampler of before, in the best order",
+}
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def summaries(path: Path) -> list[dict[str, Any]]:
+    """Those of an evaluation."""
+    found: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["summaries"]
+    return found
+
+
+def number(value: float) -> str:
+    """One decimal, no -0.0."""
+    return f"{round(value, 1) + 0.0:.1f}"
+
+
+def with_interval(score: dict[str, Any]) -> str:
+    """Mean (low to high)."""
+    return "{} ({} to {})".format(*map(number, (score["mean"], *score["interval"])))
+
+
+def score_row(name: str, found: dict[str, Any]) -> list[str]:
+    """One evaluation's."""
+    return [
+        name,
+        str(found["count"]),
+        number(found["mixture_si_sdr"]["mean"]),
+        with_interval(found["si_sdr"]),
+        number(found["si_sdr"]["median"]),
+        with_interval(found["si_sdr_permuted"]),
+        f"{100 * found['failure_rate_permuted']:.0f} %",
+        f"{found['evaluations']:.0f}" if found.get("evaluations") else "",
+        f"{found['seconds']:.1f}" if found.get("seconds") else "",
+    ]
+
+
+def scores() -> str:
+    """The table `scores`."""
+    head = ["task", "mixtures", "before", "labels fixed", "median", "best order", "mean below 0 dB, best order"]
+    files = {task: HERE / f"results/{task}/summary.json" for task in TASKS}
+    rows = [score_row(name, summaries(files[task])[0]) for task, name in TASKS.items()]
+    for place, path in RIVALS.items():
+        for found in summaries(path):
+            if found["task"] == "1speech+1sound" and found["separator"] in ("default", "Conv-TasNet", "NMF"):
+                rows.append(score_row(f"{TASKS[found['task']]}, {place}{found['separator']}", found))
+    return table([*head, "evaluations", "s"], rows)
+
+
+def differences() -> str:
+    """The table `differences`."""
+    lines = (HERE / "results/earlier/differences.jsonl").read_text(encoding="utf-8").splitlines()
+    found = {(row["earlier"], row["task"], row["score"]): row for row in map(json.loads, lines)}
+    rows = []
+    for earlier, name in EARLIER.items():
+        score = "si_sdr_permuted" if earlier == "deterministic" else "si_sdr"
+        cells = [found.get((earlier, task, score)) for task in TASKS]
+        rows.append([name, *("" if cell is None else _difference(cell) for cell in cells)])
+    return table(["default against", *TASKS.values()], rows)
+
+
+def _difference(row: dict[str, Any]) -> str:
+    return f"{row['difference']:+.1f} ({row['low']:.1f} to {row['high']:.1f}), {row['mixtures']}"
+
+
+def example() -> str:
+    """The table `example`."""
+    found = json.loads((HERE.parent / "example/result.json").read_text(encoding="utf-8"))
+    stems = {name: row for name, row in found.items() if isinstance(row, dict)}
+    rows = [[name, f"{row['before_db']:.1f}", f"{row['after_db']:.1f}"] for name, row in stems.items()]
+    return table(["stem of the example", "SI-SDR before, dB", "after"], rows)
+
+
+TABLES = {"scores": scores, "differences": differences, "example": example}
+
+
+def filled(text: str) -> str:
+    """The README's text with the tables of today."""
+    for name, make in TABLES.items():
+        start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        before, _, rest = text.partition(start)
+        _, found, after = rest.partition(end)
+        if not found:
+            raise SystemExit(f"{README.name} has no place for {name}")
+        text = f"{before}{start}\n\n{make()}\n\n{end}{after}"
+    return text
+
+
+if __name__ == "__main__":
+    README.write_text(filled(README.read_text(encoding="utf-8")), encoding="utf-8")
