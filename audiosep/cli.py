@@ -152,7 +152,7 @@ def separate(
     guidance: Annotated[
         float | None,
         typer.Option(
-            min=0.0, help="How far a small network that knows classes steers. 0: not at all.  [default: the preset's]"
+            min=0.0, help="How far small networks that know classes steer. 0: not at all.  [default: the preset's]"
         ),
     ] = None,
     combine: Annotated[

@@ -517,7 +517,7 @@ class ExpertProbe:
 
 
 class TaggerProbe:
-    """How well a tagger names the sources of held-out mixtures, as `-s auto` does, and stems, as the classifier does.
+    """How well a tagger names the sources of held-out mixtures, as `-s auto` does, and stems, as a separator does.
 
     Two sources at least are named. The threshold is the one that calls most classes rightly, less the wrong ones, on
     every second mixture; the others are scored with it, and counted when it tells all their stems of sounds apart,

@@ -1,10 +1,10 @@
-"""Class guidance: a classifier tells the sampler, step by step, whose sound is whose.
+"""Class guidance: classifiers tell the sampler, step by step, whose sound is whose.
 
 A denoiser that was trained on single sounds keeps what belongs to another source as long as it looks like sound,
 whatever class it was asked for. A classifier that was trained to tell which sounds are in a stem knows better, and its
 gradient can steer the sampler (Prafulla Dhariwal and Alex Nichol, "Diffusion Models Beat GANs on Image Synthesis",
-2021, https://arxiv.org/abs/2105.05233, section 4). With f_kj the classifier's log-odds that estimate k is of the class
-of source j, it climbs
+2021, https://arxiv.org/abs/2105.05233, section 4). With f_kj how well estimate k fits
+the class of source j (`tagger.Ensemble`), it climbs
 
     J = sum_k (f_kk - mean of f_kj over the sources j of other classes).
 
@@ -40,7 +40,7 @@ class ClassGuidance:
     """Moves estimates (B, K, N) towards their own classes.
 
     Args:
-        classifier: its `fits` are the log-odds. Its weights should ask for no gradients, to save time.
+        classifier: its `fits` are the f_kj. Its weights should ask for no gradients, to save time.
         names: the K classes, two different ones at least.
         step: rms of the fields before they are cut off, in nats.
     """

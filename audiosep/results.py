@@ -285,7 +285,10 @@ def write(
     for example in examples:
         tracks += _tracks(example)
     facts: dict[str, Any] = {f"{s['separator']}, {s['task']}": s["options"] for s in summaries}
-    facts["weights"] = {s["separator"]: s["weights"] | s.get("classifiers", {}) for s in summaries if s["weights"]}
+    weights: dict[str, dict[str, str]] = {}
+    for s in summaries:
+        weights[s["separator"]] = weights.get(s["separator"], {}) | s["weights"] | s.get("classifiers", {})
+    facts["weights"] = {name: found for name, found in weights.items() if found}
     facts["left out"] = _notes(summaries, published)
     if not tracks:
         facts["players"] = "none: the stems were not kept"

@@ -40,7 +40,7 @@ __all__ = ["COUNTS", "Ensemble", "TaggedMixtures", "Tagger", "leaked"]
 # Labels beside the classes of sound: the first is there from one such source on, the second from two on, ...
 COUNTS = {"speech": ("speech", "second speech"), "sound": ("sound", "second sound", "third sound")}
 HEARD = 0.5  # score from which a voice or a sound is there
-SURE = 13.8  # nats at which a label's log-odds end, that of one in a million
+SURE = 13.8  # nats at which a label's log-odds end (p of one in a million): no one label is to outweigh all others
 FAINT = (5.0, 25.0)  # dB that what counts for nothing lies under the rest
 
 
@@ -115,7 +115,8 @@ class Tagger(nn.Module):
         power = stft(mixture / rms, self.n_fft, self.hop_length).abs().square()
         heard = torch.log(self.bands @ power + self.floor)[:, None]  # type: ignore[operator]
         frames = self.stack(heard).mean(2)  # (B, channels, T)
-        weight, scores = self.attention(frames).float().log_softmax(-1), self.scores(frames).float()
+        exact = torch.promote_types(frames.dtype, torch.float32)  # half types are not
+        weight, scores = self.attention(frames).to(exact).log_softmax(-1), self.scores(frames).to(exact)
         there, absent = ((weight + logsigmoid(z)).logsumexp(-1) for z in (scores, -scores))
         return there - absent
 
@@ -177,7 +178,7 @@ class Tagger(nn.Module):
 
 
 class Ensemble(nn.Module):
-    """Two taggers as one: the first tells voices from sounds, both together which sound it is.
+    """Two taggers as one: how well a stem fits a voice says the first, which of several sounds it is say both.
 
     Args:
         tagger: trained on mixtures, it knows voices better.
@@ -209,15 +210,18 @@ class Ensemble(nn.Module):
     def fits(self, stems: Tensor, names: Sequence[str]) -> Tensor:
         """How well each of stems (B, K, N) fits each of J names, in nats (B, K, J).
 
-        The tagger's `fits`, and for sounds how far the classifier's lie above the mean of its fits to these sounds.
+        The tagger's `fits`, and for sounds how far the classifier's lie above or below the mean of its fits to all that
+        are sounds. (So the likeliest sound gains a little on a voice, too.)
         """
         fits = self.tagger.fits(stems, names)
-        sounds = [j for j, name in enumerate(names) if name.casefold() not in COUNTS["speech"]]
+        sounds = [j for j, name in enumerate(names) if name.casefold() != "speech"]
         if len({names[j].casefold() for j in sounds}) < 2:
             return fits
         among = self.classifier.fits(stems, [names[j] for j in sounds])
-        index = torch.tensor(sounds).to(fits.device)
-        return fits.index_add(-1, index, among - among.mean(-1, keepdim=True))
+        columns = list(fits.unbind(-1))
+        for j, more in zip(sounds, (among - among.mean(-1, keepdim=True)).unbind(-1)):
+            columns[j] = columns[j] + more
+        return torch.stack(columns, -1)
 
 
 class TaggedMixtures(Dataset[dict[str, Tensor]]):

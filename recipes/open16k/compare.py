@@ -1,7 +1,7 @@
 """What the shipped default has over earlier ones (results/earlier/*), on the mixtures that both separated.
 
 - deterministic: the sampler that renewed no noise; sounds as they came out; the sound prior after 6,630 steps.
-- unguided: no class guidance, and the tagger named the stems.
+- unguided: no class guidance, and the tagger alone named the stems.
 - tagger: as now, but the tagger alone guided and named the stems; classifier: the classifier alone did.
 
 The same seeds and recordings. Writes results/earlier/differences.jsonl: SI-SDR in dB, mean of both and of the paired

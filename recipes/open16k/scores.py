@@ -17,6 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from audiosep import hub
+from audiosep.separator import CLASSIFIER, LEAD, LIKENESS, TAGGER
+
 HERE = Path(__file__).parent
 README = HERE.parents[1] / "README.md"
 TASKS = {
@@ -50,9 +53,19 @@ def summaries(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def number(value: float) -> str:
-    """One decimal, no -0.0."""
-    return f"{round(value, 1) + 0.0:.1f}"
+def current(found: dict[str, Any]) -> dict[str, Any]:
+    """The summary, if it is of the classifiers and constants of today; SystemExit otherwise."""
+    shipped = {name: hub.load_model(name).origin["sha256"] for name in (TAGGER, CLASSIFIER)}
+    told = "sound" in found["task"]
+    if told and (found.get("classifiers"), found.get("exchange")) != (shipped, [LIKENESS, LEAD]):
+        raise SystemExit(f"{found['separator']}, {found['task']}: measured with other classifiers or constants")
+    return found
+
+
+def number(value: float, sign: str = "") -> str:
+    """One decimal, no -0.0; "+" for a sign wherever there is something."""
+    rounded = round(value, 1) + 0.0
+    return f"{rounded:{sign if rounded else ''}.1f}"
 
 
 def with_interval(score: dict[str, Any]) -> str:
@@ -79,9 +92,11 @@ def scores() -> str:
     """The table `scores`."""
     head = ["task", "mixtures", "before", "labels fixed", "median", "best order", "mean below 0 dB, best order"]
     files = {task: HERE / f"results/{task}/summary.json" for task in TASKS}
-    rows = [score_row(name, summaries(files[task])[0]) for task, name in TASKS.items()]
+    rows = [score_row(name, current(summaries(files[task])[0])) for task, name in TASKS.items()]
     for place, path in RIVALS.items():
         for found in summaries(path):
+            if found["separator"] == "default":
+                current(found)
             if found["task"] == "1speech+1sound" and found["separator"] in ("default", "Conv-TasNet", "NMF"):
                 rows.append(score_row(f"{TASKS[found['task']]}, {place}{found['separator']}", found))
     return table([*head, "evaluations", "s"], rows)
@@ -100,7 +115,7 @@ def differences() -> str:
 
 
 def _difference(row: dict[str, Any]) -> str:
-    return f"{row['difference']:+.1f} ({row['low']:.1f} to {row['high']:.1f}), {row['mixtures']}"
+    return f"{number(row['difference'], '+')} ({number(row['low'])} to {number(row['high'])}), {row['mixtures']}"
 
 
 def example() -> str:

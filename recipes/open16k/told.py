@@ -1,9 +1,9 @@
-"""How often taggers tell apart stems of recordings that were held out of their training, each alone and all together.
+"""How often tagger and classifier, alone and together, tell apart stems of recordings held out of their training.
 
 Every stem of a held-out mixture holds the other sources `--faint` dB fainter, as a separator leaves them. `pairs` is
 how often a stem fits its own class better than that of another source (what class guidance climbs), `all` how often
 the best assignment of the mixture's stems is the true one (what names them); chance is 1/2, and 1/K! for K sources.
-Of two networks, tagger and classifier, a third row is what the separator asks: both together.
+`together` is what the separator asks.
 
     python recipes/open16k/prepare.py --root DIR --valid 0.15 --least 3 -o data/open16k-rare.csv
     for n in tagger classifier; do
@@ -41,19 +41,19 @@ def scores(fits: Tensor) -> tuple[float, float]:
 def main() -> None:
     """Write a line per task, level and network, and print them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("networks", nargs="+", help="checkpoints of taggers")
+    parser.add_argument("tagger", help="a checkpoint")
+    parser.add_argument("classifier", help="another")
     parser.add_argument("--manifest", default="data/open16k-rare.csv", help="its valid split, default: %(default)s")
     parser.add_argument("--count", type=int, default=150, help="mixtures of each task, default: %(default)s")
     parser.add_argument("--faint", type=float, nargs="+", default=[10.0, 5.0], help="dB, default: 10 5")
     parser.add_argument("-o", "--output", type=Path, required=True)
     options = parser.parse_args()
     items = read_manifest(options.manifest, split="valid")
-    taggers = {Path(name).name: hub.load_model(name) for name in options.networks}
-    networks = taggers | ({"together": Ensemble(*taggers.values())} if len(taggers) == 2 else {})
-    classes = next(iter(taggers.values())).classes
+    tagger, classifier = hub.load_model(options.tagger), hub.load_model(options.classifier)
+    networks = {"tagger": tagger, "classifier": classifier, "together": Ensemble(tagger, classifier)}
     lines = []
     for task in TASKS:
-        mixtures = MixtureDataset(items, task, options.count, 3, classes=classes)
+        mixtures = MixtureDataset(items, task, options.count, 3, classes=tagger.classes)
         for faint in options.faint:
             found: dict[str, list[tuple[float, float]]] = {}
             for i in range(options.count):
