@@ -525,3 +525,12 @@ def test_the_numbers_in_the_readme_are_those_of_the_files():
     with pytest.raises(SystemExit, match="no place for example"):
         made.filled(text.replace("<!-- /example -->", ""))
     assert [made.number(x) for x in (-0.04, -0.06, 1.25, 2.0)] == ["0.0", "-0.1", "1.2", "2.0"]
+
+
+def test_scores_of_other_classifiers_or_constants_are_refused():
+    made = prepare("open16k", "scores")
+    found = made.summaries(RECIPES / "open16k/results/2sound/summary.json")[0]
+    assert made.current(found) is found
+    for other in ({"exchange": [5.0, 3.0]}, {"classifiers": {"tagger": "0", "classifier": "0"}}):
+        with pytest.raises(SystemExit, match="default, 2sound: measured with other classifiers or constants"):
+            made.current(found | other)
