@@ -155,6 +155,12 @@ def separate(
             min=0.0, help="How far small networks that know classes steer. 0: not at all.  [default: the preset's]"
         ),
     ] = None,
+    low_rank: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0, max=1.0, help="How far what each source repeats steers. 0: not at all.  [default: the preset's]"
+        ),
+    ] = None,
     combine: Annotated[
         Combine | None,
         typer.Option(help="Of several samples a stem is the mean, with `wiener` filtered where they disagree."),
@@ -234,6 +240,7 @@ def separate(
             overlap=overlap,
             samples=samples,
             guidance=guidance,
+            low_rank=low_rank,
             combine=combine and combine.value,
             seed=seed,
             mixing=mixing and read_mixing(mixing),

@@ -45,11 +45,12 @@ from audiosep.data import MixtureDataset, parse_task, read_manifest
 from audiosep.direct import load
 from audiosep.errors import AudiosepError, ModelError, UsageError
 from audiosep.guidance import BANDS, LARGEST, RATE
+from audiosep.lowrank import UPDATES, VAGUE
 from audiosep.mixing import best_permutation
 from audiosep.progress import Callback
 from audiosep.recipe import build, check_tables
 from audiosep.samplers.mmps import STEERED
-from audiosep.separator import LEAD, LIKENESS, Separates, Separation, mix_seed
+from audiosep.separator import LEAD, LIKENESS, RANKS, Separates, Separation, mix_seed
 
 __all__ = ["MAKERS", "Plan", "Unprocessed", "run", "score"]
 
@@ -152,6 +153,7 @@ def _checkpoints(
     steps: int | None = None,
     samples: int | None = None,
     guidance: float | None = None,
+    low_rank: float | None = None,
     combine: str | None = None,
     sampling: Mapping[str, Any] | None = None,
     segment: float | None = None,
@@ -331,9 +333,19 @@ def _trials(plan: Plan, tables: Mapping[str, Any], given: Mapping[str, Separates
                 "items": dataset.fingerprint(),
             }
             if classifier is not None:
-                header["classifiers"] = _hashes(classifier.members)
-                header["exchange"] = [LIKENESS, LEAD]
-                header["guidance"] = [getattr(separator, "guidance", 0.0), STEERED, BANDS, RATE, LARGEST]
+                sounds = [f"sound {k}" if labels else "sound" for k in range(dataset.n_sound)]
+                header["classifiers"] = _hashes(classifier.asked(["speech"] * dataset.n_speech + sounds))
+                header["exchange"] = {"likeness": LIKENESS, "lead": LEAD}
+                header["guidance"] = {
+                    "step": getattr(separator, "guidance", 0.0),
+                    "least noise": STEERED,
+                    "bands": BANDS,
+                    "nodes a second": RATE,
+                    "largest": LARGEST,
+                }
+            share = getattr(separator, "low_rank", 0.0)
+            if share and dataset.n_sound:
+                header["low rank"] = {"share": share, "ranks": RANKS, "updates": UPDATES, "most noise": VAGUE}
             stems = out / "stems" if out is not None and plan.stems else None
             seed = mix_seed(plan.seed, getattr(separator, "seed", 0))
             trials.append(Trial(name, separator, dataset, labels, plan.metrics, header, seed, stems))

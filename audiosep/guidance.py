@@ -22,6 +22,7 @@ B items, K sources, N samples, F bins, M frames.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -78,7 +79,7 @@ class ClassGuidance:
 
     def objective(self, x: Tensor) -> Tensor:
         """J of estimates (B, K, N), in nats (B,)."""
-        fits = self.classifier.fits(x, self.names)
+        fits = self.classifier.fits(x, self.names, sure=math.inf)
         return (self.weights * fits).sum((1, 2))
 
     def _nodes(self, x: Tensor, bins: int, frames: int) -> tuple[Tensor, Tensor]:

@@ -31,6 +31,7 @@ from audiosep.errors import AudiosepError, ModelError, UsageError
 from audiosep.guidance import ClassGuidance
 from audiosep.longform import Aligner, OverlapAdd, cosine, count_segments, cut, match
 from audiosep.losses import ReconstructionLoss
+from audiosep.lowrank import VAGUE, LowRank
 from audiosep.mixing import best_permutation, combine, permute, project, residual
 from audiosep.operators import Mixing
 from audiosep.prior import JointPrior, Prior
@@ -63,6 +64,8 @@ LIKENESS = 2.5
 # of it or four times as much make no difference.
 LEAD = 3.0
 GUIDANCE = 0.3  # step of the class guidance, chosen on held-out mixtures
+LOW_RANK = 0.2  # share of the low-rank guidance, chosen there, too
+RANKS = {"speech": 8}  # of a kind's spectrograms; any other kind's are 1
 LABEL_NOISE = (0.2, 0.3, 0.45, 0.67, 1.0)  # and those at which an estimate's class shows, chosen on held-out mixtures
 
 
@@ -143,6 +146,9 @@ class Separator:
         guidance: how far tagger and classifier move estimates towards their own classes in each step, 0 for not at all
             (see `audiosep.guidance`); None is the preset's own. Only the default preset's own sampler has it, for
             sources of two classes at least that both know.
+        low_rank: how far estimates move in each step towards spectrograms of low rank, 0..1, 0 for not at all (see
+            `audiosep.lowrank`); None is the preset's own. Only the default preset's own sampler has it, where one of
+            the sources is no voice.
         combine: how: "wiener" (None; `mixing.combine`, their mean where they agree, filtered where not) or "mean".
         seed: of the noise; the same seed and number type give the same stems, to rounding, on every machine.
         consistent: share the residual out, so that the stems add up to the recording.
@@ -167,6 +173,7 @@ class Separator:
         overlap: float = 0.25,
         samples: int | None = None,
         guidance: float | None = None,
+        low_rank: float | None = None,
         combine: str | None = None,
         seed: int = 0,
         consistent: bool = True,
@@ -190,6 +197,8 @@ class Separator:
             raise UsageError(f"samples must be at least 1, got {samples}")
         if guidance is not None and not 0 <= guidance < math.inf:
             raise UsageError(f"guidance must be at least 0, got {guidance}")
+        if low_rank is not None and not 0 <= low_rank <= 1:
+            raise UsageError(f"low_rank lies in 0..1, got {low_rank}")
         if combine not in (None, "wiener", "mean"):
             raise UsageError(f"combine is 'wiener' or 'mean', not {combine!r}")
         self.device = torch.device(device)
@@ -213,7 +222,10 @@ class Separator:
         guided = self.exchanges and (sampler or PRESETS[preset]) == "mmps"
         if guidance and not guided:
             raise UsageError("guidance by the classifier is for the default preset with its own sampler and no mixing")
+        if low_rank and not guided:
+            raise UsageError("low-rank guidance is for the default preset with its own sampler and no mixing")
         self.guidance = float(GUIDANCE if guidance is None else guidance) if guided else 0.0
+        self.low_rank = float(LOW_RANK if low_rank is None else low_rank) if guided else 0.0
         self.sampling = dict(sampling or {})
         self.segment, self.overlap = segment or SEGMENT, overlap
         self.seed, self.consistent = seed, consistent
@@ -554,9 +566,15 @@ class Separator:
         priors = [self.priors[source.prior] for source in sources]
         return [class_name(prior, source.label) or prior.kind for prior, source in zip(priors, sources)]
 
-    def _steer(self, sources: Sequence[Source]) -> Callable[[Tensor], Tensor] | None:
-        """Class guidance of the sources that tagger and classifier tell apart."""
-        guides = []
+    def guided(self, sources: Sequence[Source]) -> dict[str, float]:
+        """The report's part on what guides the sampler to these sources, 0 where it doesn't."""
+        told = any(self.classifier_of([sources[k] for k in group]) for group in self.exchange_groups(sources))
+        low = self._low_rank(sources) is not None
+        return {"guidance": self.guidance if told else 0.0, "low_rank": self.low_rank if low else 0.0}
+
+    def _steer(self, sources: Sequence[Source]) -> Callable[[Tensor, float], Tensor] | None:
+        """Class guidance of the sources that tagger and classifier tell apart, then low-rank guidance of all."""
+        low_rank, guides = self._low_rank(sources), []
         for group in self.exchange_groups(sources) if self.guidance else []:
             members = [sources[k] for k in group]
             classifier = self.classifier_of(members)
@@ -564,12 +582,19 @@ class Separator:
                 guide = ClassGuidance(classifier, self.classes_of(members), self.guidance)
                 guides.append((torch.tensor(group, device=self.device), guide))
 
-        def steer(x: Tensor) -> Tensor:
+        def steer(x: Tensor, noise: float) -> Tensor:
             for group, guide in guides:
                 x = x.index_copy(1, group, guide(x[:, group]))
-            return x
+            return x if low_rank is None or noise >= VAGUE else low_rank(x)
 
-        return steer if guides else None
+        return steer if guides or low_rank is not None else None
+
+    def _low_rank(self, sources: Sequence[Source]) -> LowRank | None:
+        """Guidance by low rank; voices among themselves share their spectra."""
+        kinds = [self.priors[source.prior].kind for source in sources]
+        if not self.low_rank or len(kinds) < 2 or set(kinds) == {"speech"}:
+            return None
+        return LowRank([RANKS.get(kind, 1) for kind in kinds], self.low_rank, self.device)
 
     def _build(self, joint: JointPrior, **options: Any) -> Sampler:
         options |= sampler_options(self.sampling)
@@ -952,19 +977,21 @@ class Job:
     def _about(self) -> dict[str, Any]:
         """The report's part on what separated."""
         separator = self.separator
-        asked: dict[str, Any] = {}
-        if separator.classifier is not None and any(self._classifier_of(group) for group in self.exchanged):
-            members = separator.classifier.members
-            asked = {"classifiers": {name: {"name": name, **member.origin} for name, member in members.items()}}
+        listeners: dict[str, Tagger] = {}
+        for members in self.exchanged:
+            classifier = self._classifier_of(members)
+            if classifier is not None:
+                listeners |= classifier.asked(separator.classes_of(self._of(members)))
+        asked = {name: {"name": name, **listener.origin} for name, listener in listeners.items()}
         return {
             "models": {name: {"name": name, **prior.origin} for name, prior in separator.priors.items()},
-            **asked,
+            **({"classifiers": asked} if asked else {}),
             "sampler": {
                 "name": separator.sampler or PRESETS[separator.preset],
                 "preset": separator.preset,
                 "steps": self.steps,
                 "samples": separator.samples,
-                "guidance": separator.guidance if getattr(self.sampler, "steer", None) is not None else 0.0,
+                **separator.guided(self.sources),
                 "combine": separator.combine,
                 "sampling": separator.sampling,
                 "seed": separator.seed,

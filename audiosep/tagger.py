@@ -40,7 +40,9 @@ __all__ = ["COUNTS", "Ensemble", "TaggedMixtures", "Tagger", "leaked"]
 # Labels beside the classes of sound: the first is there from one such source on, the second from two on, ...
 COUNTS = {"speech": ("speech", "second speech"), "sound": ("sound", "second sound", "third sound")}
 HEARD = 0.5  # score from which a voice or a sound is there
-SURE = 13.8  # nats at which a label's log-odds end (p of one in a million): no one label is to outweigh all others
+# Nats at which a label's log-odds end (p of one in a million), in the loss and where stems are named: no one label is
+# to outweigh all others. Guidance, which asks for directions only, takes them whole: beyond the end is no gradient.
+SURE = 13.8
 FAINT = (5.0, 25.0)  # dB that what counts for nothing lies under the rest
 
 
@@ -134,13 +136,13 @@ class Tagger(nn.Module):
         """Whether all of these are classes, whatever their case, or the kinds "speech" and "sound"."""
         return {name.casefold() for name in names} <= {label.casefold() for label in (*COUNTS, *self.classes)}
 
-    def fits(self, stems: Tensor, names: Sequence[str]) -> Tensor:
+    def fits(self, stems: Tensor, names: Sequence[str], sure: float = SURE) -> Tensor:
         """How well each of stems (B, K, N) fits each of J names, in nats (B, K, J).
 
         As the labels are independent, log p of a stem's own labels and no others is the sum of their log-odds, but for
-        a constant of the stem: those of "speech", of "sound", or of "sound" and the class.
+        a constant of the stem: those of "speech", of "sound", or of "sound" and the class. They end at +-`sure`.
         """
-        odds = self.log_odds(stems.flatten(0, 1)).clamp(-SURE, SURE).unflatten(0, stems.shape[:2])
+        odds = self.log_odds(stems.flatten(0, 1)).clamp(-sure, sure).unflatten(0, stems.shape[:2])
         index = {label.casefold(): i for i, label in enumerate(self.labels)}
         fits = []
         for name in names:
@@ -207,17 +209,22 @@ class Ensemble(nn.Module):
         """Whether both do."""
         return self.tagger.knows(names) and self.classifier.knows(names)
 
-    def fits(self, stems: Tensor, names: Sequence[str]) -> Tensor:
+    def asked(self, names: Sequence[str]) -> dict[str, Tagger]:
+        """Those that `fits` asks about these names: of one class of sound the classifier has nothing to tell."""
+        sounds = {name.casefold() for name in names} - {"speech"}
+        return self.members if len(sounds) > 1 else {"tagger": self.tagger}
+
+    def fits(self, stems: Tensor, names: Sequence[str], sure: float = SURE) -> Tensor:
         """How well each of stems (B, K, N) fits each of J names, in nats (B, K, J).
 
         The tagger's `fits`, and for sounds how far the classifier's lie above or below the mean of its fits to all that
-        are sounds. (So the likeliest sound gains a little on a voice, too.)
+        are sounds. (So the likeliest sound gains a little on a voice, too.) Log-odds of a label end at +-`sure`.
         """
-        fits = self.tagger.fits(stems, names)
-        sounds = [j for j, name in enumerate(names) if name.casefold() != "speech"]
-        if len({names[j].casefold() for j in sounds}) < 2:
+        fits = self.tagger.fits(stems, names, sure)
+        if "classifier" not in self.asked(names):
             return fits
-        among = self.classifier.fits(stems, [names[j] for j in sounds])
+        sounds = [j for j, name in enumerate(names) if name.casefold() != "speech"]
+        among = self.classifier.fits(stems, [names[j] for j in sounds], sure)
         columns = list(fits.unbind(-1))
         for j, more in zip(sounds, (among - among.mean(-1, keepdim=True)).unbind(-1)):
             columns[j] = columns[j] + more

@@ -19,6 +19,7 @@ from audiosep.errors import AudiosepError, UsageError
 from audiosep.prior import Prior
 from audiosep.schedules import vp_linear
 from audiosep.separator import LABEL_NOISE
+from audiosep.tagger import Ensemble, Tagger
 
 RATE = 16000
 
@@ -164,19 +165,36 @@ def test_rows_of_another_run_are_not_mixed_in(manifest, tmp_path):
 
 
 def ears(**digests):
-    """Classifiers: name -> hash."""
-    return SimpleNamespace(members={name: SimpleNamespace(origin={"sha256": digests[name]}) for name in digests})
+    """Tagger and classifier of these hashes."""
+    pair = {name: Tagger(["Bark"], width=2, mels=8) for name in ("tagger", "classifier")}
+    for name, listener in pair.items():
+        listener.origin = {"sha256": digests.get(name, "0")}
+    return Ensemble(**pair)
 
 
-@pytest.mark.parametrize(("task", "again"), [("1speech+1sound", 2), ("2sound", 2), ("2speech", 0)])
-def test_rows_are_the_classifiers_too_where_it_tells_the_sources_apart(manifest, tmp_path, task, again):
+@pytest.mark.parametrize(
+    ("task", "labels", "again"),
+    [("1speech+1sound", True, 0), ("2sound", True, 2), ("1speech+2sound", False, 0), ("2speech", True, 0)],
+)
+def test_rows_are_the_classifiers_too_where_it_tells_the_sources_apart(manifest, tmp_path, task, labels, again):
     asked = []
     for digest in ("first", "second"):
         fake = Fake(manifest, task)
-        fake.classifier = ears(first="0", second=digest)
-        run(manifest, fake, task=task, out=tmp_path, count=2)
+        fake.classifier = ears(classifier=digest)
+        run(manifest, fake, task=task, out=tmp_path, count=2, labels=labels)
         asked.append(len(fake.asked))
     assert asked == [2, again]
+
+
+def test_rows_are_the_taggers_wherever_a_sound_is(manifest, tmp_path):
+    asked = []
+    for digest in ("first", "second"):
+        fake = Fake(manifest, "1speech+1sound")
+        fake.classifier = ears(tagger=digest)
+        summary = run(manifest, fake, out=tmp_path, count=2)
+        asked.append(len(fake.asked))
+    assert asked == [2, 2]
+    assert summary["classifiers"] == {"tagger": "second"}
 
 
 def test_rows_are_the_guidances_too_where_there_is_any(manifest, tmp_path):
@@ -184,7 +202,18 @@ def test_rows_are_the_guidances_too_where_there_is_any(manifest, tmp_path):
     for task in ("1speech+1sound", "2speech"):
         for guidance in (0.3, 0.0):
             fake = Fake(manifest, task)
-            fake.classifier, fake.guidance = ears(one="0"), guidance
+            fake.classifier, fake.guidance = ears(), guidance
+            run(manifest, fake, task=task, out=tmp_path / task, count=2)
+            asked.append(len(fake.asked))
+    assert asked == [2, 2, 2, 0]
+
+
+def test_rows_are_the_low_ranks_too_where_a_sound_is(manifest, tmp_path):
+    asked = []
+    for task in ("2sound", "2speech"):
+        for share in (0.0, 0.2):
+            fake = Fake(manifest, task)
+            fake.low_rank = share
             run(manifest, fake, task=task, out=tmp_path / task, count=2)
             asked.append(len(fake.asked))
     assert asked == [2, 2, 2, 0]

@@ -9,7 +9,7 @@ from audiosep.samplers import Noise, build
 from audiosep.samplers.mmps import STEERED
 from audiosep.schedules import ve
 from audiosep.stft import istft, stft
-from audiosep.tagger import Tagger
+from audiosep.tagger import SURE, Tagger
 
 
 class Ears(Tagger):
@@ -40,6 +40,17 @@ def test_it_finds_whose_sound_is_whose():
         x = guide(x)
     assert (guide.objective(x) > before + 5).all()
     assert (si_sdr(x.double(), truth.double()) > 20).all()
+
+
+def test_what_is_sure_is_moved_on_as_what_is_not():
+    truth = low_and_high()
+    sure = Ears(["Low", "High"])
+    sure.log_odds = lambda mixture: 100 * Ears.log_odds(sure, mixture)
+    x = 0.7 * truth + 0.3 * truth.flip(1)
+    assert (sure.fits(x, ["Low", "High"]).abs() == SURE).all()
+    once = [ClassGuidance(ears, ["Low", "High"], 0.3)(x) for ears in (Ears(["Low", "High"]), sure)]
+    torch.testing.assert_close(once[1], once[0], atol=1e-6, rtol=0)
+    assert (si_sdr(once[1].double(), truth.double()) > si_sdr(x.double(), truth.double()) + 1).all()
 
 
 @pytest.fixture
@@ -117,10 +128,11 @@ def test_nodes_interpolate_linearly():
 
 
 def test_a_sampler_steers_while_there_is_noise():
-    seen = []
+    seen, levels = [], []
 
-    def steer(x):
+    def steer(x, noise):
         seen.append(x)
+        levels.append(noise)
         return x.flip(1)
 
     prior = GaussianPrior(torch.full((8001,), 0.01), ve())
@@ -129,6 +141,7 @@ def test_a_sampler_steers_while_there_is_noise():
     plain, steered = build(joint), build(joint, steer=steer)
     ends = [list(sampler(y, Noise([0])))[-1].x for sampler in (plain, steered)]
     assert len(seen) == sum(ratio >= STEERED for ratio in steered.ratios)
+    assert levels == steered.ratios[: len(levels)]
     assert len(seen) > 5
     torch.testing.assert_close(seen[0].sum(1), y, atol=1e-4, rtol=0)
     assert not torch.allclose(*ends, atol=1e-3)

@@ -33,6 +33,7 @@ LAYERS = {
     "blind": 2,
     "train": 2,
     "guidance": 3,
+    "lowrank": 3,
     "samplers": 3,
     "multiview_frames": 3,
     "hub": 3,

@@ -7,9 +7,10 @@ import torch
 
 from audiosep import audio
 from audiosep.errors import AudioError, AudiosepError, UsageError
+from audiosep.lowrank import LowRank
 from audiosep.prior import Prior
 from audiosep.schedules import ve
-from audiosep.separator import GUIDANCE, LABEL_NOISE, Job, Separator, audible, choose_device
+from audiosep.separator import GUIDANCE, LABEL_NOISE, LOW_RANK, RANKS, Job, Separator, audible, choose_device
 from audiosep.tagger import Tagger
 
 
@@ -205,6 +206,8 @@ def test_who_told_the_classes_is_reported(ears):
     assert hashes == {"tagger": "TAGGER", "classifier": "CLASSIFIER"}
     assert report["network_evaluations"] == 2 * 2 * 2
     assert "classifiers" not in separator(wave, 16000, ["Low", "Low"]).report
+    voiced = job_of(VOICE_AND_SOUND, ["speech", "High"]).report()
+    assert set(voiced["classifiers"]) == {"tagger"}  # of one sound the classifier has nothing to tell
     assert banded(preset="published").classifier is None
 
 
@@ -221,22 +224,44 @@ def test_a_separator_guides_where_the_classifier_knows_the_classes(ears):
     np.testing.assert_allclose(again.sources["low"], a.sources["low"], atol=1e-6)
     # Of three sources the two that the classifier knows are guided, in a sum of their own.
     known = {"sound": ("sound", ("Low", "High")), "engine": ("sound", ())}
-    steer = job_of(known, ["engine", "Low", "High"]).sampler.steer
+    steer = job_of(known, ["engine", "Low", "High"], low_rank=0).sampler.steer
     half = 0.5 * (tone(400) + tone(3500))
     x = torch.stack((tone(2000), half, half))[None]
-    moved = steer(x)
+    moved = steer(x, 0.3)
     assert torch.equal(moved[:, 0], x[:, 0])
     assert not torch.allclose(moved[:, 1], x[:, 1], atol=1e-3)
     torch.testing.assert_close(moved.sum(1), x.sum(1), atol=1e-5, rtol=0)
     for names in (["Low", "Low"], ["engine", "Low"]):
-        assert job_of(known, names).sampler.steer is None
+        assert job_of(known, names, low_rank=0).sampler.steer is None
+
+
+def test_a_separator_guides_by_low_rank_where_a_sound_is():
+    wave = (tone(400) + tone(3500)).numpy()[None]
+    guided, plain = banded(steps=4, guidance=0), banded(steps=4, guidance=0, low_rank=0)
+    a, b = (separator(wave, 16000, ["Low", "High"]) for separator in (guided, plain))
+    assert not np.array_equal(a.sources["low"], b.sources["low"])
+    assert [x.report["sampler"]["low_rank"] for x in (a, b)] == [LOW_RANK, 0]
+    steer = job_of(VOICE_AND_SOUND, ["speech", "Low"], guidance=0).sampler.steer
+    x = torch.randn(1, 2, 16000, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(steer(x, 0.49), LowRank([RANKS["speech"], 1], LOW_RANK)(x))
+    assert torch.equal(steer(x, 0.5), x)  # too vague yet
+    assert job_of(VOICE_AND_SOUND, ["speech", "speech"], guidance=0).sampler.steer is None
+
+
+@pytest.mark.parametrize("low_rank", [-0.1, 1.1])
+def test_the_share_of_low_rank_is_one(low_rank):
+    with pytest.raises(UsageError, match=r"low_rank lies in 0\.\.1, got"):
+        banded(low_rank=low_rank)
 
 
 @pytest.mark.parametrize("options", [{"preset": "published"}, {"sampler": "hybrid"}, {"mixing": [[1.0, 1.0]]}])
 def test_guidance_is_refused_where_it_can_not_be(options):
     assert banded(**options).guidance == 0
+    assert banded(**options).low_rank == 0
     with pytest.raises(UsageError, match="guidance by the classifier"):
         banded(guidance=0.2, **options)
+    with pytest.raises(UsageError, match="low-rank guidance is for"):
+        banded(low_rank=0.2, **options)
 
 
 def test_guidance_is_not_negative():

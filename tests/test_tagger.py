@@ -89,6 +89,8 @@ def test_how_well_stems_fit_classes():
     speech, sound, bell, dog = (odds[..., tagger.labels.index(label)] for label in ("speech", "sound", "Bell", "Dog"))
     fits = tagger.fits(stems, ["dog", "sound", "Speech", "BELL"])
     assert torch.allclose(fits, torch.stack((sound + dog, sound, speech, sound + bell), -1), atol=1e-5)
+    short = tagger.fits(stems, ["dog"], sure=0.01)
+    assert torch.equal(short, sum(x.clamp(-0.01, 0.01) for x in (sound, dog))[..., None])
     assert tagger.knows(["bell", "Speech"])
     assert not tagger.knows(["bell", "second sound"])
 
@@ -100,8 +102,10 @@ def test_together_the_tagger_tells_voices_from_sounds_and_both_which_sound():
     dog, _, bell = classifier.fits(stems, names).unbind(-1)
     expected = tagger.fits(stems, names) + torch.stack((dog - bell, 0 * dog, bell - dog), -1) / 2
     torch.testing.assert_close(both.fits(stems, names), expected, atol=1e-5, rtol=0)
+    assert both.asked(names) == {"tagger": tagger, "classifier": classifier}
     for alone in (["Speech", "Bell"], ["speech", "dog", "Dog"]):  # one class of sound: nothing to tell
         assert torch.equal(both.fits(stems, alone), tagger.fits(stems, alone))
+        assert both.asked(alone) == {"tagger": tagger}
     assert both.knows(["Dog", "speech"])
     assert not both.knows(["rain"])
     assert both.members == {"tagger": tagger, "classifier": classifier}

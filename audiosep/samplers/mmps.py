@@ -50,7 +50,8 @@ class MomentMatching(Sampler):
         calibrate: scale the variances up to the power that the estimates lack of the priors'.
         mixing: (C, K) gains of the sources in the channels of y (B, C, N); None is the sum of the sources, y (B, N).
         noise: standard deviation of the channels' noise, where there is a mixing.
-        steer: what else moves the estimates (B, K, N), and leaves their sum, at noise of `STEERED` and above.
+        steer: what else moves the estimates (B, K, N), and leaves their sum, at noise of `STEERED` and above; it is
+            given them and the noise.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class MomentMatching(Sampler):
         calibrate: bool = True,
         mixing: Tensor | None = None,
         noise: float = 1e-3,
-        steer: Callable[[Tensor], Tensor] | None = None,
+        steer: Callable[[Tensor, float], Tensor] | None = None,
         **options: Any,
     ) -> None:
         super().__init__(prior, **options)
@@ -89,7 +90,8 @@ class MomentMatching(Sampler):
         left = stft(residual(y, estimate), self.n_fft, self.hop_length)
         moved = istft(shares(variance) * left[:, None], self.n_fft, self.hop_length, y.shape[-1])
         estimate = estimate + moved
-        return estimate if self.steer is None or self.ratios[i] < STEERED else self.steer(estimate)
+        noise = self.ratios[i]
+        return estimate if self.steer is None or noise < STEERED else self.steer(estimate, noise)
 
     def _moved(self, estimate: Tensor, variance: Tensor, y: Tensor) -> Tensor:
         """V A^T (A V A^T + sigma_y^2)^-1 (y - A D), bin by bin, (B, K, N)."""
