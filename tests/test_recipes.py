@@ -531,6 +531,7 @@ def test_scores_of_other_classifiers_or_constants_are_refused():
     made = prepare("open16k", "scores")
     found = made.summaries(RECIPES / "open16k/results/2sound/summary.json")[0]
     assert made.current(found) is found
-    for other in ({"exchange": {"likeness": 5.0, "lead": 3.0}}, {"classifiers": {"tagger": "0"}}, {"classifiers": {}}):
+    others = ({"exchange": {"likeness": 5.0, "lead": 3.0}}, {"low rank": {"share": 0.5}})
+    for other in (*others, {"classifiers": {"tagger": "0"}}, {"classifiers": {}}):
         with pytest.raises(SystemExit, match="default, 2sound: measured with other classifiers or constants"):
             made.current(found | other)

@@ -2,7 +2,8 @@
 
 - deterministic: the sampler that renewed no noise; sounds as they came out; the sound prior after 6,630 steps.
 - unguided: no class guidance, and the tagger alone named the stems.
-- tagger: as now, but the tagger alone guided and named the stems; classifier: the classifier alone did.
+- class-guidance: no low-rank guidance, and log-odds of more than 13.8 guided nothing.
+- tagger: like that, and the tagger alone guided and named the stems; classifier: the classifier alone did.
 
 The same seeds and recordings. Writes results/earlier/differences.jsonl: SI-SDR in dB, mean of both and of the paired
 difference, with its 95 % interval. Run: python recipes/open16k/compare.py
