@@ -344,7 +344,7 @@ def _trials(plan: Plan, tables: Mapping[str, Any], given: Mapping[str, Separates
                     "largest": LARGEST,
                 }
             share = getattr(separator, "low_rank", 0.0)
-            if share and dataset.n_sound:
+            if share and dataset.n_sound and labels:
                 header["low rank"] = {"share": share, "ranks": RANKS, "updates": UPDATES, "most noise": VAGUE}
             stems = out / "stems" if out is not None and plan.stems else None
             seed = mix_seed(plan.seed, getattr(separator, "seed", 0))

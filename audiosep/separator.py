@@ -65,7 +65,7 @@ LIKENESS = 2.5
 LEAD = 3.0
 GUIDANCE = 0.3  # step of the class guidance, chosen on held-out mixtures
 LOW_RANK = 0.2  # share of the low-rank guidance, chosen there, too
-RANKS = {"speech": 8}  # of a kind's spectrograms; any other kind's are 1
+RANKS = {"speech": 8}  # of a kind's spectrograms; those of a class of sound are 1
 LABEL_NOISE = (0.2, 0.3, 0.45, 0.67, 1.0)  # and those at which an estimate's class shows, chosen on held-out mixtures
 
 
@@ -147,8 +147,8 @@ class Separator:
             (see `audiosep.guidance`); None is the preset's own. Only the default preset's own sampler has it, for
             sources of two classes at least that both know.
         low_rank: how far estimates move in each step towards spectrograms of low rank, 0..1, 0 for not at all (see
-            `audiosep.lowrank`); None is the preset's own. Only the default preset's own sampler has it, where one of
-            the sources is no voice.
+            `audiosep.lowrank`); None is the preset's own. Only the default preset's own sampler has it, where there
+            are sounds and all are named by their class.
         combine: how: "wiener" (None; `mixing.combine`, their mean where they agree, filtered where not) or "mean".
         seed: of the noise; the same seed and number type give the same stems, to rounding, on every machine.
         consistent: share the residual out, so that the stems add up to the recording.
@@ -590,9 +590,10 @@ class Separator:
         return steer if guides or low_rank is not None else None
 
     def _low_rank(self, sources: Sequence[Source]) -> LowRank | None:
-        """Guidance by low rank; voices among themselves share their spectra."""
+        """Guidance by low rank; voices among themselves share their spectra, and an unnamed sound may be of many."""
         kinds = [self.priors[source.prior].kind for source in sources]
-        if not self.low_rank or len(kinds) < 2 or set(kinds) == {"speech"}:
+        unnamed = any(source.label is None and kind not in RANKS for source, kind in zip(sources, kinds))
+        if not self.low_rank or len(kinds) < 2 or set(kinds) == {"speech"} or unnamed:
             return None
         return LowRank([RANKS.get(kind, 1) for kind in kinds], self.low_rank, self.device)
 

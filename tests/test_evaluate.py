@@ -210,13 +210,13 @@ def test_rows_are_the_guidances_too_where_there_is_any(manifest, tmp_path):
 
 def test_rows_are_the_low_ranks_too_where_a_sound_is(manifest, tmp_path):
     asked = []
-    for task in ("2sound", "2speech"):
+    for task, labels in (("2sound", True), ("2sound", False), ("2speech", True)):
         for share in (0.0, 0.2):
             fake = Fake(manifest, task)
             fake.low_rank = share
-            run(manifest, fake, task=task, out=tmp_path / task, count=2)
+            run(manifest, fake, task=task, out=tmp_path / f"{task}{labels}", count=2, labels=labels)
             asked.append(len(fake.asked))
-    assert asked == [2, 2, 2, 0]
+    assert asked == [2, 2, 2, 0, 2, 0]
 
 
 @pytest.mark.parametrize("world", [1, 2])
