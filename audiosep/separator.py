@@ -146,9 +146,9 @@ class Separator:
         guidance: how far tagger and classifier move estimates towards their own classes in each step, 0 for not at all
             (see `audiosep.guidance`); None is the preset's own. Only the default preset's own sampler has it, for
             sources of two classes at least that both know.
-        low_rank: how far estimates move in each step towards spectrograms of low rank, 0..1, 0 for not at all (see
-            `audiosep.lowrank`); None is the preset's own. Only the default preset's own sampler has it, where there
-            are sounds and all are named by their class.
+        low_rank: how far estimates move, in each step of middling noise, towards spectrograms of low rank, 0..1, 0 for
+            not at all (see `audiosep.lowrank`); None is the preset's own. Only the default preset's own sampler has
+            it, where there are sounds, all named by their class, and one voice at most.
         combine: how: "wiener" (None; `mixing.combine`, their mean where they agree, filtered where not) or "mean".
         seed: of the noise; the same seed and number type give the same stems, to rounding, on every machine.
         consistent: share the residual out, so that the stems add up to the recording.
@@ -590,10 +590,10 @@ class Separator:
         return steer if guides or low_rank is not None else None
 
     def _low_rank(self, sources: Sequence[Source]) -> LowRank | None:
-        """Guidance by low rank; voices among themselves share their spectra, and an unnamed sound may be of many."""
+        """Guidance by low rank; two voices share their spectra, and an unnamed sound may be of many."""
         kinds = [self.priors[source.prior].kind for source in sources]
         unnamed = any(source.label is None and kind not in RANKS for source, kind in zip(sources, kinds))
-        if not self.low_rank or len(kinds) < 2 or set(kinds) == {"speech"} or unnamed:
+        if not self.low_rank or len(kinds) < 2 or kinds.count("speech") > 1 or unnamed:
             return None
         return LowRank([RANKS.get(kind, 1) for kind in kinds], self.low_rank, self.device)
 

@@ -245,7 +245,8 @@ def test_a_separator_guides_by_low_rank_where_a_sound_is():
     x = torch.randn(1, 2, 16000, generator=torch.Generator().manual_seed(0))
     assert torch.equal(steer(x, 0.49), LowRank([RANKS["speech"], 1], LOW_RANK)(x))
     assert torch.equal(steer(x, 0.5), x)  # too vague yet
-    for names in (["speech", "speech"], ["speech", "sound"]):  # an unnamed sound may be of several
+    # Two voices share their spectra, and an unnamed sound may be of several.
+    for names in (["speech", "speech"], ["speech", "speech", "Low"], ["speech", "sound"]):
         assert job_of(VOICE_AND_SOUND, names, guidance=0).sampler.steer is None
 
 
