@@ -44,12 +44,11 @@ from audiosep.baselines import ORACLES
 from audiosep.data import MixtureDataset, parse_task, read_manifest
 from audiosep.direct import load
 from audiosep.errors import AudiosepError, ModelError, UsageError
-from audiosep.guidance import BANDS, LARGEST, RATE
+from audiosep.guidance import BANDS, LARGEST, RATE, STEERED
 from audiosep.lowrank import UPDATES, VAGUE
 from audiosep.mixing import best_permutation
 from audiosep.progress import Callback
 from audiosep.recipe import build, check_tables
-from audiosep.samplers.mmps import STEERED
 from audiosep.separator import LEAD, LIKENESS, RANKS, Separates, Separation, mix_seed
 
 __all__ = ["MAKERS", "Plan", "Unprocessed", "run", "score"]
@@ -346,6 +345,8 @@ def _trials(plan: Plan, tables: Mapping[str, Any], given: Mapping[str, Separates
             share = getattr(separator, "low_rank", 0.0)
             if share and dataset.n_sound and labels:
                 header["low rank"] = {"share": share, "ranks": RANKS, "updates": UPDATES, "most noise": VAGUE}
+                if not dataset.n_speech:  # where a voice is, it is the class guidance's
+                    header["low rank"]["least noise"] = 0.0
             stems = out / "stems" if out is not None and plan.stems else None
             seed = mix_seed(plan.seed, getattr(separator, "seed", 0))
             trials.append(Trial(name, separator, dataset, labels, plan.metrics, header, seed, stems))

@@ -28,7 +28,7 @@ from torch import Tensor
 from audiosep import __version__, audio, distributed, hub
 from audiosep.compiling import compile_network
 from audiosep.errors import AudiosepError, ModelError, UsageError
-from audiosep.guidance import ClassGuidance
+from audiosep.guidance import STEERED, ClassGuidance
 from audiosep.longform import Aligner, OverlapAdd, cosine, count_segments, cut, match
 from audiosep.losses import ReconstructionLoss
 from audiosep.lowrank import VAGUE, LowRank
@@ -146,8 +146,8 @@ class Separator:
         guidance: how far tagger and classifier move estimates towards their own classes in each step, 0 for not at all
             (see `audiosep.guidance`); None is the preset's own. Only the default preset's own sampler has it, for
             sources of two classes at least that both know.
-        low_rank: how far estimates move, in each step of middling noise, towards spectrograms of low rank, 0..1, 0 for
-            not at all (see `audiosep.lowrank`); None is the preset's own. Only the default preset's own sampler has
+        low_rank: how far estimates move, in each step but the noisiest (and, where a voice is, those of least noise),
+            towards spectrograms of low rank, 0..1, 0 for not at all (see `audiosep.lowrank`); None is the preset's own. Only the default preset's own sampler has
             it, where there are sounds, all named by their class, and one voice at most.
         combine: how: "wiener" (None; `mixing.combine`, their mean where they agree, filtered where not) or "mean".
         seed: of the noise; the same seed and number type give the same stems, to rounding, on every machine.
@@ -581,11 +581,13 @@ class Separator:
             if classifier is not None:
                 guide = ClassGuidance(classifier, self.classes_of(members), self.guidance)
                 guides.append((torch.tensor(group, device=self.device), guide))
+        # To the end rank 1 helps sounds; a voice loses details that its prior knows.
+        least = STEERED if any(self.priors[source.prior].kind in RANKS for source in sources) else 0.0
 
         def steer(x: Tensor, noise: float) -> Tensor:
-            for group, guide in guides:
+            for group, guide in guides if noise >= STEERED else ():
                 x = x.index_copy(1, group, guide(x[:, group]))
-            return x if low_rank is None or noise >= VAGUE else low_rank(x)
+            return low_rank(x) if low_rank is not None and least <= noise < VAGUE else x
 
         return steer if guides or low_rank is not None else None
 

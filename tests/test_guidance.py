@@ -6,7 +6,6 @@ from audiosep.guidance import BANDS, LARGEST, ClassGuidance, _hats
 from audiosep.metrics import si_sdr
 from audiosep.prior import GaussianPrior, JointPrior
 from audiosep.samplers import Noise, build
-from audiosep.samplers.mmps import STEERED
 from audiosep.schedules import ve
 from audiosep.stft import istft, stft
 from audiosep.tagger import SURE, Tagger
@@ -127,7 +126,7 @@ def test_nodes_interpolate_linearly():
     torch.testing.assert_close(_hats(at, 6) @ torch.linspace(2.0, 4.0, 6), 2 + 2 * at)
 
 
-def test_a_sampler_steers_while_there_is_noise():
+def test_a_sampler_is_steered_in_every_step():
     seen, levels = [], []
 
     def steer(x, noise):
@@ -140,8 +139,6 @@ def test_a_sampler_steers_while_there_is_noise():
     y = low_and_high().sum(1)
     plain, steered = build(joint), build(joint, steer=steer)
     ends = [list(sampler(y, Noise([0])))[-1].x for sampler in (plain, steered)]
-    assert len(seen) == sum(ratio >= STEERED for ratio in steered.ratios)
-    assert levels == steered.ratios[: len(levels)]
-    assert len(seen) > 5
+    assert levels == steered.ratios[:-1]
     torch.testing.assert_close(seen[0].sum(1), y, atol=1e-4, rtol=0)
     assert not torch.allclose(*ends, atol=1e-3)

@@ -35,7 +35,6 @@ from audiosep.prior import JointPrior
 from audiosep.samplers.base import Noise, Sampler
 from audiosep.stft import istft, stft
 
-STEERED = 0.06  # times full scale: at less noise the sources have parted
 MOST = 100.0  # largest factor on a variance, where a denoiser answers next to nothing
 
 
@@ -50,8 +49,8 @@ class MomentMatching(Sampler):
         calibrate: scale the variances up to the power that the estimates lack of the priors'.
         mixing: (C, K) gains of the sources in the channels of y (B, C, N); None is the sum of the sources, y (B, N).
         noise: standard deviation of the channels' noise, where there is a mixing.
-        steer: what else moves the estimates (B, K, N), and leaves their sum, at noise of `STEERED` and above; it is
-            given them and the noise.
+        steer: what else moves the estimates (B, K, N), and leaves their sum; it is given them and the noise, times
+            full scale.
     """
 
     def __init__(
@@ -90,8 +89,7 @@ class MomentMatching(Sampler):
         left = stft(residual(y, estimate), self.n_fft, self.hop_length)
         moved = istft(shares(variance) * left[:, None], self.n_fft, self.hop_length, y.shape[-1])
         estimate = estimate + moved
-        noise = self.ratios[i]
-        return estimate if self.steer is None or noise < STEERED else self.steer(estimate, noise)
+        return estimate if self.steer is None else self.steer(estimate, self.ratios[i])
 
     def _moved(self, estimate: Tensor, variance: Tensor, y: Tensor) -> Tensor:
         """V A^T (A V A^T + sigma_y^2)^-1 (y - A D), bin by bin, (B, K, N)."""
