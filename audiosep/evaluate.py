@@ -344,9 +344,9 @@ def _trials(plan: Plan, tables: Mapping[str, Any], given: Mapping[str, Separates
                 }
             share = getattr(separator, "low_rank", 0.0)
             if share and dataset.n_sound and labels:
-                header["low rank"] = {"share": share, "ranks": RANKS, "updates": UPDATES, "most noise": VAGUE}
-                if not dataset.n_speech:  # where a voice is, it is the class guidance's
-                    header["low rank"]["least noise"] = 0.0
+                least = {} if dataset.n_speech else {"least noise": 0.0}  # with a voice it is the class guidance's
+                facts = {"share": share, "ranks": RANKS, "updates": UPDATES, "most noise": VAGUE}
+                header["low rank"] = facts | least
             stems = out / "stems" if out is not None and plan.stems else None
             seed = mix_seed(plan.seed, getattr(separator, "seed", 0))
             trials.append(Trial(name, separator, dataset, labels, plan.metrics, header, seed, stems))

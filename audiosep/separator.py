@@ -146,9 +146,10 @@ class Separator:
         guidance: how far tagger and classifier move estimates towards their own classes in each step, 0 for not at all
             (see `audiosep.guidance`); None is the preset's own. Only the default preset's own sampler has it, for
             sources of two classes at least that both know.
-        low_rank: how far estimates move, in each step but the noisiest (and, where a voice is, those of least noise),
-            towards spectrograms of low rank, 0..1, 0 for not at all (see `audiosep.lowrank`); None is the preset's own. Only the default preset's own sampler has
-            it, where there are sounds, all named by their class, and one voice at most.
+        low_rank: how far estimates move towards spectrograms of low rank, 0..1, 0 for not at all, in each step but the
+            noisiest and, where a voice is, those of least noise (see `audiosep.lowrank`); None is the preset's own.
+            Only the default preset's own sampler has it, where there are sounds, all named by their class, and one
+            voice at most.
         combine: how: "wiener" (None; `mixing.combine`, their mean where they agree, filtered where not) or "mean".
         seed: of the noise; the same seed and number type give the same stems, to rounding, on every machine.
         consistent: share the residual out, so that the stems add up to the recording.
