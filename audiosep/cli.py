@@ -161,6 +161,12 @@ def separate(
             min=0.0, max=1.0, help="How far what each source repeats steers. 0: not at all.  [default: the preset's]"
         ),
     ] = None,
+    least_noise: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0, help="Where the sampler ends. 0.002: samples, not means, in twice the time.  [default: 0.063]"
+        ),
+    ] = None,
     combine: Annotated[
         Combine | None,
         typer.Option(help="Of several samples a stem is the mean, with `wiener` filtered where they disagree."),
@@ -241,6 +247,7 @@ def separate(
             samples=samples,
             guidance=guidance,
             low_rank=low_rank,
+            least_noise=least_noise,
             combine=combine and combine.value,
             seed=seed,
             mixing=mixing and read_mixing(mixing),

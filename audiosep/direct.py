@@ -43,6 +43,7 @@ SAMPLERS_OWN = (
     "samples",
     "guidance",
     "low_rank",
+    "least_noise",
     "combine",
     "sampling",
     "mixing",

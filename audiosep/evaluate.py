@@ -45,7 +45,7 @@ from audiosep.data import MixtureDataset, parse_task, read_manifest
 from audiosep.direct import load
 from audiosep.errors import AudiosepError, ModelError, UsageError
 from audiosep.guidance import BANDS, LARGEST, RATE, STEERED
-from audiosep.lowrank import UPDATES, VAGUE
+from audiosep.lowrank import LAST, UPDATES, VAGUE
 from audiosep.mixing import best_permutation
 from audiosep.progress import Callback
 from audiosep.recipe import build, check_tables
@@ -153,6 +153,7 @@ def _checkpoints(
     samples: int | None = None,
     guidance: float | None = None,
     low_rank: float | None = None,
+    least_noise: float | None = None,
     combine: str | None = None,
     sampling: Mapping[str, Any] | None = None,
     segment: float | None = None,
@@ -344,9 +345,8 @@ def _trials(plan: Plan, tables: Mapping[str, Any], given: Mapping[str, Separates
                 }
             share = getattr(separator, "low_rank", 0.0)
             if share and dataset.n_sound and labels:
-                least = {} if dataset.n_speech else {"least noise": 0.0}  # with a voice it is the class guidance's
                 facts = {"share": share, "ranks": RANKS, "updates": UPDATES, "most noise": VAGUE}
-                header["low rank"] = facts | least
+                header["low rank"] = facts if dataset.n_speech else facts | {"last": LAST}
             stems = out / "stems" if out is not None and plan.stems else None
             seed = mix_seed(plan.seed, getattr(separator, "seed", 0))
             trials.append(Trial(name, separator, dataset, labels, plan.metrics, header, seed, stems))

@@ -29,6 +29,7 @@ from audiosep.stft import istft, stft
 
 UPDATES = 10  # of each source alone, and as many of all together
 VAGUE = 0.5  # times full scale: at as much noise or more estimates don't say yet what repeats
+LAST = 4.0  # times as far goes the last step, where there are sounds alone
 FLOOR = 1e-6  # of the mean magnitude, under which nothing is told apart
 
 
@@ -48,13 +49,13 @@ class LowRank:
         start = torch.rand(self.n_fft // 2 + 1, sum(ranks), generator=torch.Generator().manual_seed(0))
         self.start = (0.1 + start).to(device).split(self.ranks, -1)  # here, so that no step waits for the copy
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Estimates (B, K, N), of the same sum, after one step."""
+    def __call__(self, x: Tensor, times: float = 1.0) -> Tensor:
+        """Estimates (B, K, N), of the same sum, after one step, so many times as far, the whole way at most."""
         with torch.autocast(x.device.type, enabled=False):
             total = stft(x.sum(1), self.n_fft, self.hop_length)
             power = self.magnitudes(stft(x, self.n_fft, self.hop_length).abs(), total.abs()).square()
             filtered = istft(shares(power) * total[:, None], self.n_fft, self.hop_length, x.shape[-1])
-            return x + self.share * (filtered - x)
+            return x + min(1.0, times * self.share) * (filtered - x)
 
     def magnitudes(self, sources: Tensor, total: Tensor) -> Tensor:
         """W_k H_k (B, K, F, M) for magnitudes of the sources (B, K, F, M) and of their sum (B, F, M)."""

@@ -7,10 +7,10 @@ import torch
 
 from audiosep import audio
 from audiosep.errors import AudioError, AudiosepError, UsageError
-from audiosep.lowrank import LowRank
+from audiosep.lowrank import LAST, LowRank
 from audiosep.prior import Prior
 from audiosep.schedules import ve
-from audiosep.separator import GUIDANCE, LABEL_NOISE, LOW_RANK, RANKS, Job, Separator, audible, choose_device
+from audiosep.separator import GUIDANCE, LABEL_NOISE, LOW_RANK, PARTED, RANKS, Job, Separator, audible, choose_device
 from audiosep.tagger import Tagger
 
 
@@ -246,10 +246,14 @@ def test_a_separator_guides_by_low_rank_where_a_sound_is():
     x = torch.randn(1, 2, 16000, generator=torch.Generator().manual_seed(0))
     for noise in (0.49, 0.06):
         assert torch.equal(steer(x, noise), LowRank([RANKS["speech"], 1], LOW_RANK)(x))
-    for noise in (0.5, 0.05):  # too vague yet, and where there is a voice only its prior knows the details
+    for noise in (0.5, 0.05):  # too vague yet; parted already
         assert torch.equal(steer(x, noise), x)
     steer = job_of(VOICE_AND_SOUND, ["Low", "High"], guidance=0).sampler.steer
-    assert torch.equal(steer(x, 0.002), LowRank([1, 1], LOW_RANK)(x))
+    assert torch.equal(steer(x, 0.08), LowRank([1, 1], LOW_RANK)(x))
+    assert torch.equal(steer(x, PARTED), LowRank([1, 1], LOW_RANK)(x, LAST))
+    steer = job_of(VOICE_AND_SOUND, ["Low", "High"], guidance=0, least_noise=0.002).sampler.steer
+    assert torch.equal(steer(x, 0.01), x)
+    assert torch.equal(steer(x, 0.002), LowRank([1, 1], LOW_RANK)(x, LAST))
     # Two voices share their spectra, and an unnamed sound may be of several.
     for names in (["speech", "speech"], ["speech", "speech", "Low"], ["speech", "sound"]):
         assert job_of(VOICE_AND_SOUND, names, guidance=0).sampler.steer is None

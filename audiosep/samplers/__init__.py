@@ -15,6 +15,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -57,6 +58,7 @@ def build(
     sampler: str | None = None,
     preset: str = "default",
     steps: int | None = None,
+    least_noise: float | None = None,
     **options: Any,
 ) -> Sampler:
     """Make a sampler.
@@ -66,10 +68,13 @@ def build(
         sampler: one of `SAMPLERS`; None is the preset's own.
         preset: one of `PRESETS`.
         steps: network evaluations per source; None is the preset's own number (200 for `published` and `paper`).
+        least_noise: level of the last step of the default preset, relative to full scale; None is that of
+            `DEFAULT_LEVELS`. At a higher one the answer is the mean of what could still become of the state, no sample,
+            and takes fewer steps.
         **options: arguments of the sampler's class, which win over the preset's.
 
     Raises:
-        UsageError: the name or the number of steps is not possible.
+        UsageError: the name, the number of steps or the level is not possible.
     """
     if preset not in PRESETS:
         raise UsageError(f"unknown preset {preset!r}; choose one of {', '.join(PRESETS)}")
@@ -78,12 +83,18 @@ def build(
         raise UsageError(f"unknown sampler {name!r}; choose one of {', '.join(SAMPLERS)}")
     if steps is not None and steps < 1:
         raise UsageError(f"steps must be at least 1, got {steps}")
-    return SAMPLERS[name](prior, **{**_settings(name, preset, steps), **options})
+    if least_noise is not None and preset != "default":
+        raise UsageError("least_noise is for the default preset")
+    if least_noise is not None and not 0 < least_noise < DEFAULT_LEVELS[1]:
+        raise UsageError(f"least_noise lies between 0 and {DEFAULT_LEVELS[1]}, got {least_noise}")
+    return SAMPLERS[name](prior, **{**_settings(name, preset, steps, least_noise), **options})
 
 
-def _settings(name: str, preset: str, steps: int | None) -> dict[str, Any]:
+def _settings(name: str, preset: str, steps: int | None, least_noise: float | None) -> dict[str, Any]:
     if preset == "default":
-        schedule = ve(steps or DEFAULT_STEPS, *DEFAULT_LEVELS)
+        low, high = least_noise or DEFAULT_LEVELS[0], DEFAULT_LEVELS[1]
+        part = math.log(high / low) / math.log(high / DEFAULT_LEVELS[0])
+        schedule = ve(steps or 1 + round(part * (DEFAULT_STEPS - 1)), low, high)
         settings: dict[str, Any] = {"schedule": schedule, "t_init": None, "shared_noise": False}
         if name == "mmps":
             settings["eta"] = 3.0

@@ -20,7 +20,7 @@ from typing import Any
 
 from audiosep import hub
 from audiosep.data import parse_task
-from audiosep.lowrank import UPDATES, VAGUE
+from audiosep.lowrank import LAST, UPDATES, VAGUE
 from audiosep.separator import CLASSIFIER, LEAD, LIKENESS, LOW_RANK, RANKS, TAGGER
 
 HERE = Path(__file__).parent
@@ -71,7 +71,7 @@ def current(found: dict[str, Any]) -> dict[str, Any]:
     today = {
         "classifiers": {name: digest for name, digest in shipped().items() if sounds > 1 or name == TAGGER},
         "exchange": {"likeness": LIKENESS, "lead": LEAD},
-        "low rank": low_rank if voices else low_rank | {"least noise": 0.0},
+        "low rank": low_rank if voices else low_rank | {"last": LAST},
     }
     if sounds and any(found.get(key) != value for key, value in today.items()):
         raise SystemExit(f"{found['separator']}, {found['task']}: measured with other classifiers or constants")
