@@ -103,7 +103,7 @@ Models = Annotated[str, typer.Option("-n", "--model", help="Checkpoint names or 
 Device = Annotated[str, typer.Option("-d", "--device", help="auto, cpu, cuda, cuda:N or mps.", callback=_device)]
 Steps = Annotated[int | None, typer.Option(min=1, help="Steps of the sampler.  [default: the preset's]")]
 Samples = Annotated[
-    int | None, typer.Option(min=1, help="Posterior samples that a stem is made of.  [default: the preset's]")
+    int | None, typer.Option(min=1, help="Runs of the sampler that a stem is made of.  [default: the preset's]")
 ]
 PresetOption = Annotated[
     Preset,
@@ -164,7 +164,9 @@ def separate(
     least_noise: Annotated[
         float | None,
         typer.Option(
-            min=0.0, help="Where the sampler ends. 0.002: samples, not means, in twice the time.  [default: 0.063]"
+            min=1e-5,
+            help="Noise, 1 is full scale, at which the default preset's sampler ends. 0.002: samples in place of "
+            "means, in twice the time.  [default: 0.063 of its own sampler]",
         ),
     ] = None,
     combine: Annotated[

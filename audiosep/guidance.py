@@ -34,7 +34,7 @@ from audiosep.tagger import Ensemble, Tagger
 
 BANDS = 12  # nodes along frequency, evenly spaced in mel
 RATE = 2.5  # and along time, per second
-STEERED = 0.06  # times full scale: at less noise the sources have parted, and nothing guides
+STEERED = 0.06  # times full scale: at less noise the sources have parted, and no class guides
 LARGEST = 3.0  # multiples of its rms at which a field is cut off
 
 

@@ -49,12 +49,7 @@ TAGGER = "tagger"  # the checkpoint that "auto" listens with
 CLASSIFIER = "classifier"  # and the one that guides with it; both tell which stem is of which class
 REPORTED = 10  # labels whose scores a report holds
 INACTIVE = -40.0  # dB under the mixture at which a stem is flagged as inactive
-SELF_NOISE = (
-    0.02,
-    0.05,
-    0.1,
-    0.2,
-)  # noise levels at which a sample's likelihood under its prior is measured
+SELF_NOISE = (0.02, 0.05, 0.1, 0.2)  # noise levels at which a sample's likelihood under its prior is measured
 # Nats by which two samples' estimates want to be of one class, times their cosine similarity: chosen on recordings held
 # out of both networks' training. It decides few names: in 22 mixtures of three sounds 0.3 dB more than none, 1.8 more
 # than twice as many, in 46 mixtures of other tasks nothing.
@@ -66,8 +61,8 @@ LEAD = 3.0
 GUIDANCE = 0.3  # step of the class guidance, chosen on held-out mixtures
 LOW_RANK = 0.2  # share of the low-rank guidance, chosen there, too
 RANKS = {"speech": 8}  # of a kind's spectrograms; those of a class of sound are 1
-PARTED = 0.063  # least noise; on held-out mixtures of a voice what follows took more from its stem than it gave
-LABEL_NOISE = (0.2, 0.3, 0.45, 0.67, 1.0)  # and those at which an estimate's class shows, chosen on held-out mixtures
+LEAST_NOISE = 0.063  # of the last step: on held-out mixtures with a voice what came after it took the stems away again
+LABEL_NOISE = (0.2, 0.3, 0.45, 0.67, 1.0)  # levels at which an estimate's class shows, chosen on held-out mixtures
 
 
 @dataclass
@@ -79,8 +74,9 @@ class Separation:
         sample_rate: the input's, in Hz.
         residual: the input minus the sum of the sources, (C, T).
         report: what was run and how it went, plain data.
-        best: the likeliest sample, segment by segment, where a number of samples above one was asked for.
-        spread: with several samples, their standard deviation per sample.
+        best: of several samples that were asked for the one that the priors hold to be likeliest, segment by segment.
+        spread: with several samples, their standard deviation among themselves, at every point in time. It is the
+            posterior's own only where the sampler goes on to the end (`least_noise`).
     """
 
     sources: dict[str, Any]
@@ -143,14 +139,14 @@ class Separator:
         sampling: more arguments of the sampler's class, such as {"t_init": 174, "floor": 0.001, "loss": {"stft": 0.0}}.
         segment: seconds separated at a time; None is 4.
         overlap: fraction of a segment shared with the next, 0..0.5.
-        samples: posterior samples that a stem is made of; None is the preset's own number.
+        samples: runs of the sampler that a stem is made of; None is the preset's own number.
         guidance: how far tagger and classifier move estimates towards their own classes in each step, 0 for not at all
             (see `audiosep.guidance`); None is the preset's own. Only the default preset's own sampler has it, for
             sources of two classes at least that both know.
-        low_rank: how far estimates move, in each step of middling noise, towards spectrograms of low rank, 0..1, 0 for
-            not at all; where there are sounds alone the last step goes further (see `audiosep.lowrank`). None is the
-            preset's own. Only the default preset's own sampler has it, where there are sounds, all named by their
-            class, and one voice at most.
+        low_rank: how far estimates move, in each step but the noisiest, towards spectrograms of low rank, 0..1, 0 for
+            not at all; where there are sounds alone the last step goes four times as far, the whole way at most (see
+            `audiosep.lowrank`). None is the preset's own. Only the default preset's own sampler has it, where there are
+            sounds, all named by their class, and one voice at most.
         least_noise: level of the sampler's last step, relative to full scale. At 0.063, which is the default preset's
             for its own sampler without a mixing, a sample is the mean of what the sources could still become: nearer to
             the truth on average, and found in half the time. At 0.002, the other samplers', it is a sample, with all
@@ -233,7 +229,7 @@ class Separator:
             raise UsageError("low-rank guidance is for the default preset with its own sampler and no mixing")
         self.guidance = float(GUIDANCE if guidance is None else guidance) if guided else 0.0
         self.low_rank = float(LOW_RANK if low_rank is None else low_rank) if guided else 0.0
-        self.least_noise = PARTED if guided and least_noise is None else least_noise
+        self.least_noise = LEAST_NOISE if guided and least_noise is None else least_noise
         self.sampling = dict(sampling or {})
         self.segment, self.overlap = segment or SEGMENT, overlap
         self.seed, self.consistent = seed, consistent
@@ -539,8 +535,9 @@ class Separator:
         """The sampler of these sources, with the settings asked for."""
         joint = JointPrior([(self.priors[source.prior], source.label) for source in sources], self.dtype)
         if self.mixing is None:
-            steer = self._steer(sources)
-            return self._build(joint) if steer is None else self._build(joint, steer=steer)
+            sampler = self._build(joint)
+            steer = self._steer(sources, sampler.ratios[-2])
+            return sampler if steer is None else self._build(joint, steer=steer)
         if self.mixing.shape[1] != len(sources):
             raise UsageError(
                 f"the mixing matrix has {self.mixing.shape[1]} columns, for {len(sources)} sources "
@@ -580,8 +577,11 @@ class Separator:
         low = self._low_rank(sources) is not None
         return {"guidance": self.guidance if told else 0.0, "low_rank": self.low_rank if low else 0.0}
 
-    def _steer(self, sources: Sequence[Source]) -> Callable[[Tensor, float], Tensor] | None:
-        """Class guidance of the sources that tagger and classifier tell apart, then low-rank guidance of all."""
+    def _steer(self, sources: Sequence[Source], last: float) -> Callable[[Tensor, float], Tensor] | None:
+        """Class guidance of the sources that tagger and classifier tell apart, then low-rank guidance of all.
+
+        `last` is the noise of the last step.
+        """
         low_rank, guides = self._low_rank(sources), []
         for group in self.exchange_groups(sources) if self.guidance else []:
             members = [sources[k] for k in group]
@@ -591,14 +591,13 @@ class Separator:
                 guides.append((torch.tensor(group, device=self.device), guide))
         # Rank 1 tells sounds apart better than their priors do; of a voice it would take what its prior knows.
         alone = not any(self.priors[source.prior].kind in RANKS for source in sources)
-        last = 1.01 * (self.least_noise or 0.0)
 
         def steer(x: Tensor, noise: float) -> Tensor:
             for group, guide in guides if noise >= STEERED else ():
                 x = x.index_copy(1, group, guide(x[:, group]))
             if low_rank is None or noise >= VAGUE:
                 return x
-            if alone and noise < last:
+            if alone and noise <= last:
                 return low_rank(x, LAST)
             return low_rank(x) if noise >= STEERED else x
 
@@ -872,7 +871,9 @@ class Job:
 
     def _log_likelihood(self, x: Tensor) -> Tensor:
         """How well sources x (B, K, N) fit their priors (B,)."""
-        return -self._errors(self.sampler.prior, x, SELF_NOISE).mean(1)
+        # What ends at some noise lacks the details that show at less.
+        levels = [level for level in SELF_NOISE if level >= self.sampler.ratios[-2]]
+        return -self._errors(self.sampler.prior, x, levels or SELF_NOISE[-1:]).mean(1)
 
     @torch.no_grad()
     def _errors(self, joint: JointPrior, x: Tensor, levels: Sequence[float]) -> Tensor:
@@ -1007,6 +1008,7 @@ class Job:
                 "preset": separator.preset,
                 "steps": self.steps,
                 "samples": separator.samples,
+                "noise_levels": [self.sampler.ratios[0], self.sampler.ratios[-2]],
                 **separator.guided(self.sources),
                 "combine": separator.combine,
                 "sampling": separator.sampling,

@@ -46,6 +46,8 @@ def test_the_sum_stays_and_items_are_alike_alone_and_in_a_batch():
     assert (moved - x).abs().amax() > 0.01
     torch.testing.assert_close(step(x[1:]), moved[1:], atol=1e-5, rtol=0)
     assert torch.equal(LowRank([8, 1, 2], 0.0)(x), x)
+    torch.testing.assert_close(step(x, 3.0), x + 3 * (moved - x), atol=1e-6, rtol=0)
+    assert torch.equal(step(x, 100.0), step(x, 5.0))  # the whole way at most
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(step(x), moved, atol=1e-5, rtol=0)
 

@@ -531,7 +531,12 @@ def test_scores_of_other_classifiers_or_constants_are_refused():
     made = prepare("open16k", "scores")
     found = made.summaries(RECIPES / "open16k/results/2sound/summary.json")[0]
     assert made.current(found) is found
-    others = ({"exchange": {"likeness": 5.0, "lead": 3.0}}, {"low rank": found["low rank"] | {"updates": 1}})
+    others = (
+        {"exchange": {"likeness": 5.0, "lead": 3.0}},
+        {"low rank": found["low rank"] | {"updates": 1}},
+        {"guidance": found["guidance"] | {"step": 0.2}},
+        {"options": found["options"] | {"noise levels": [1.5, 0.002]}},
+    )
     alone = {"tagger": found["classifiers"]["tagger"]}  # two sounds are told apart by both
     for other in (*others, *({"classifiers": listeners} for listeners in ({"tagger": "0"}, {}, alone))):
         with pytest.raises(SystemExit, match="default, 2sound: measured with other classifiers or constants"):

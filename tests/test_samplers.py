@@ -1,5 +1,7 @@
 """Samplers against the published loop's outputs and against exact Gaussian posteriors."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -83,6 +85,15 @@ def test_default_preset_finds_the_posterior_mean_and_is_no_wider(gaussian):
     assert ((ratio.mean(-1) > 0.4) & (ratio.mean(-1) < 1.1)).all()
 
 
+def test_what_ends_at_more_noise_is_nearer_the_posterior_mean_than_samples(gaussian):
+    (samples, many), (means, few) = (draw(gaussian, 12, least_noise=level) for level in (None, 0.063))
+    assert (many, few) == (24, 12)
+    exact, _ = gaussian.posterior()
+    errors = [(found - exact).square().mean() for found in (samples, means)]
+    assert errors[1] < 0.7 * errors[0]
+    torch.testing.assert_close(means.sum(1), gaussian.mixture.double().expand(12, -1), atol=1e-5, rtol=0)
+
+
 def test_variances_are_calibrated_to_the_priors_power(gaussian):
     sampler = build(gaussian.joint)
     assert sampler.prior.power == pytest.approx([0.07**2] * 2, rel=1e-3)
@@ -119,6 +130,11 @@ def test_wrong_names_and_numbers_are_refused(gaussian):
         build(gaussian.joint, preset="fast")
     with pytest.raises(UsageError, match="at least 1"):
         build(gaussian.joint, steps=0)
+    for level in (0.0, 1.5, -1.0, math.nan):
+        with pytest.raises(UsageError, match=r"above 0 and below 1\.5"):
+            build(gaussian.joint, least_noise=level)
+    with pytest.raises(UsageError, match="least_noise is for the default preset"):
+        build(gaussian.joint, preset="paper", least_noise=0.1)
     with pytest.raises(TypeError, match="stpes"):
         build(gaussian.joint, stpes=3)
 

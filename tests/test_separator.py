@@ -10,7 +10,17 @@ from audiosep.errors import AudioError, AudiosepError, UsageError
 from audiosep.lowrank import LAST, LowRank
 from audiosep.prior import Prior
 from audiosep.schedules import ve
-from audiosep.separator import GUIDANCE, LABEL_NOISE, LOW_RANK, PARTED, RANKS, Job, Separator, audible, choose_device
+from audiosep.separator import (
+    GUIDANCE,
+    LABEL_NOISE,
+    LEAST_NOISE,
+    LOW_RANK,
+    RANKS,
+    Job,
+    Separator,
+    audible,
+    choose_device,
+)
 from audiosep.tagger import Tagger
 
 
@@ -250,13 +260,25 @@ def test_a_separator_guides_by_low_rank_where_a_sound_is():
         assert torch.equal(steer(x, noise), x)
     steer = job_of(VOICE_AND_SOUND, ["Low", "High"], guidance=0).sampler.steer
     assert torch.equal(steer(x, 0.08), LowRank([1, 1], LOW_RANK)(x))
-    assert torch.equal(steer(x, PARTED), LowRank([1, 1], LOW_RANK)(x, LAST))
-    steer = job_of(VOICE_AND_SOUND, ["Low", "High"], guidance=0, least_noise=0.002).sampler.steer
-    assert torch.equal(steer(x, 0.01), x)
-    assert torch.equal(steer(x, 0.002), LowRank([1, 1], LOW_RANK)(x, LAST))
+    for options in ({}, {"least_noise": 0.002}, {"sampling": {"times": [11, 8, 5]}}):
+        sampler = job_of(VOICE_AND_SOUND, ["Low", "High"], guidance=0, **options).sampler
+        assert torch.equal(sampler.steer(x, sampler.ratios[-2]), LowRank([1, 1], LOW_RANK)(x, LAST))
+    on = job_of(VOICE_AND_SOUND, ["Low", "High"], guidance=0, least_noise=0.002).sampler
+    assert torch.equal(on.steer(x, 0.01), x)  # sources have parted, but for the last step
     # Two voices share their spectra, and an unnamed sound may be of several.
     for names in (["speech", "speech"], ["speech", "speech", "Low"], ["speech", "sound"]):
         assert job_of(VOICE_AND_SOUND, names, guidance=0).sampler.steer is None
+
+
+def test_where_the_sampler_ends():
+    first, last = banded().settings["noise levels"]
+    assert (first, last, banded().settings["steps"]) == (1.5, pytest.approx(LEAST_NOISE), 12)
+    on = banded(least_noise=0.002).settings
+    assert (on["noise levels"][1], on["steps"]) == (pytest.approx(0.002), 24)
+    assert banded(sampler="hybrid").settings["steps"] == 24
+    assert banded(sampler="hybrid", least_noise=LEAST_NOISE).settings["steps"] == 12
+    with pytest.raises(UsageError, match="least_noise is for the default preset"):
+        banded(preset="paper", least_noise=0.1)
 
 
 @pytest.mark.parametrize("low_rank", [-0.1, 1.1])

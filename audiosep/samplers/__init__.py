@@ -48,8 +48,8 @@ DEFAULT_STEPS = 24
 # Least and most noise relative to full scale, for signals near -22.5 dBFS.
 DEFAULT_LEVELS = (2e-3, 1.5)
 
-# Posterior samples that a separator averages when none are asked for. The mean of two has 3/4 of one sample's squared
-# error, and costs `default` 48 network evaluations against the 200 of one published run.
+# Runs that a separator makes a stem of when none are asked for. The mean of two samples of the posterior has 3/4 of one
+# sample's squared error, and costs 48 network evaluations per source against the 200 of one published run.
 SAMPLES = {"default": 2, "published": 1, "paper": 1}
 
 
@@ -86,7 +86,7 @@ def build(
     if least_noise is not None and preset != "default":
         raise UsageError("least_noise is for the default preset")
     if least_noise is not None and not 0 < least_noise < DEFAULT_LEVELS[1]:
-        raise UsageError(f"least_noise lies between 0 and {DEFAULT_LEVELS[1]}, got {least_noise}")
+        raise UsageError(f"least_noise lies above 0 and below {DEFAULT_LEVELS[1]}, got {least_noise}")
     return SAMPLERS[name](prior, **{**_settings(name, preset, steps, least_noise), **options})
 
 

@@ -51,6 +51,7 @@ def measure(
     from audiosep.prior import JointPrior, Prior
     from audiosep.samplers import SAMPLES, Noise, build
     from audiosep.schedules import ve, vp_linear
+    from audiosep.separator import LEAST_NOISE
 
     priors = []
     for num_classes in (1, 50):
@@ -60,7 +61,8 @@ def measure(
         if compile:
             compile_network(net, torch.device(device), round(SEGMENT * RATE))
         priors.append((prior, 0))
-    full = len(build(JointPrior(priors), preset=preset).times) * SAMPLES[preset]  # evaluations per source
+    end = LEAST_NOISE if preset == "default" else None  # as a separator has it
+    full = len(build(JointPrior(priors), preset=preset, least_noise=end).times) * SAMPLES[preset]  # per source
     sampler = build(JointPrior(priors), preset=preset, steps=steps + 1)
     y = 0.1 * torch.randn(batch, round(SEGMENT * RATE), device=device)
     marks = []

@@ -2,7 +2,7 @@
 
 - deterministic: the sampler that renewed no noise; sounds as they came out; the sound prior after 6,630 steps.
 - unguided: no class guidance, and the tagger alone named the stems.
-- low-rank-early: low-rank guidance at noise of 0.06 and above alone, as class guidance.
+- sampled: as all that follow, on to noise of 0.002 in 24 steps, twice as many; low-rank guidance had no last step.
 - class-guidance: no low-rank guidance, and log-odds of more than 13.8 guided nothing.
 - tagger: like that, and the tagger alone guided and named the stems; classifier: the classifier alone did.
 

@@ -14,14 +14,16 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from audiosep import hub
 from audiosep.data import parse_task
+from audiosep.guidance import BANDS, LARGEST, RATE, STEERED
 from audiosep.lowrank import LAST, UPDATES, VAGUE
-from audiosep.separator import CLASSIFIER, LEAD, LIKENESS, LOW_RANK, RANKS, TAGGER
+from audiosep.separator import CLASSIFIER, GUIDANCE, LEAD, LEAST_NOISE, LIKENESS, LOW_RANK, RANKS, TAGGER
 
 HERE = Path(__file__).parent
 README = HERE.parents[1] / "README.md"
@@ -37,7 +39,7 @@ RIVALS = {
     "outside the corpus: ": HERE.parent / "outside/results/summary.json",
 }
 EARLIER = {
-    "low-rank-early": "low-rank guidance at noise of 0.06 and above",
+    "sampled": "sampling to the end, in 24 steps",
     "class-guidance": "class guidance alone",
     "unguided": "no class guidance, the tagger's names",
     "tagger": "class guidance and names by the tagger alone",
@@ -71,9 +73,17 @@ def current(found: dict[str, Any]) -> dict[str, Any]:
     today = {
         "classifiers": {name: digest for name, digest in shipped().items() if sounds > 1 or name == TAGGER},
         "exchange": {"likeness": LIKENESS, "lead": LEAD},
+        "guidance": {
+            "step": GUIDANCE,
+            "least noise": STEERED,
+            "bands": BANDS,
+            "nodes a second": RATE,
+            "largest": LARGEST,
+        },
         "low rank": low_rank if voices else low_rank | {"last": LAST},
     }
-    if sounds and any(found.get(key) != value for key, value in today.items()):
+    ended = math.isclose(found["options"]["noise levels"][-1], LEAST_NOISE)
+    if not ended or (sounds and any(found.get(key) != value for key, value in today.items())):
         raise SystemExit(f"{found['separator']}, {found['task']}: measured with other classifiers or constants")
     return found
 
