@@ -83,7 +83,7 @@ def project(
 
 
 def combine(mixture: Tensor, samples: Tensor, n_fft: int = 1024, hop_length: int = 256) -> Tensor:
-    """One estimate from R posterior samples: their mean where they agree, a Wiener filter where they do not.
+    """One estimate from R runs of a sampler: their mean where they agree, a Wiener filter where they do not.
 
     Around each time-frequency bin let M_k be the power of the samples' mean, V_k that of their deviations from it, both
     averaged over 5 bins by 5 frames. In the local Gaussian model sources have variances P_k = M_k + V_k, the samples'

@@ -16,6 +16,7 @@ from audiosep import evaluate, hub, results
 from audiosep.backbones.triple_path_unet import TriplePathUNet
 from audiosep.data import MixtureDataset, read_manifest
 from audiosep.errors import AudiosepError, UsageError
+from audiosep.lowrank import LAST
 from audiosep.prior import Prior
 from audiosep.schedules import vp_linear
 from audiosep.separator import LABEL_NOISE
@@ -214,8 +215,10 @@ def test_rows_are_the_low_ranks_too_where_a_sound_is(manifest, tmp_path):
         for share in (0.0, 0.2):
             fake = Fake(manifest, task)
             fake.low_rank = share
-            run(manifest, fake, task=task, out=tmp_path / f"{task}{labels}", count=2, labels=labels)
+            summary = run(manifest, fake, task=task, out=tmp_path / f"{task}{labels}", count=2, labels=labels)
             asked.append(len(fake.asked))
+            guided = share and task == "2sound" and labels
+            assert summary.get("low rank", {}).get("last") == (LAST if guided else None)
     assert asked == [2, 2, 2, 0, 2, 0]
 
 
