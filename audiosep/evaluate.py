@@ -293,6 +293,17 @@ def score(estimates: Tensor, references: Tensor, mixture: Tensor) -> dict[str, A
 # What is run --------------------------------------------------------------------------------------
 
 
+def guidance_facts(step: float) -> dict[str, Any]:
+    """What stems that class guidance steered follow from besides the networks."""
+    return {"step": step, "least noise": STEERED, "bands": BANDS, "nodes a second": RATE, "largest": LARGEST}
+
+
+def low_rank_facts(share: float, voices: int) -> dict[str, Any]:
+    """The same of low-rank guidance; its last step goes further where there are no voices."""
+    facts = {"share": share, "ranks": RANKS, "updates": UPDATES, "most noise": VAGUE}
+    return facts if voices else facts | {"last": LAST}
+
+
 def _trials(plan: Plan, tables: Mapping[str, Any], given: Mapping[str, Separates], out: Path | None) -> list[Trial]:
     made = {name: found for name, table in tables.items() if (found := _make(name, table)) is not None}
     separators = {**{name: separator for name, (separator, _) in made.items()}, **given}
@@ -336,17 +347,10 @@ def _trials(plan: Plan, tables: Mapping[str, Any], given: Mapping[str, Separates
                 sounds = [f"sound {k}" if labels else "sound" for k in range(dataset.n_sound)]
                 header["classifiers"] = _hashes(classifier.asked(["speech"] * dataset.n_speech + sounds))
                 header["exchange"] = {"likeness": LIKENESS, "lead": LEAD}
-                header["guidance"] = {
-                    "step": getattr(separator, "guidance", 0.0),
-                    "least noise": STEERED,
-                    "bands": BANDS,
-                    "nodes a second": RATE,
-                    "largest": LARGEST,
-                }
+                header["guidance"] = guidance_facts(getattr(separator, "guidance", 0.0))
             share = getattr(separator, "low_rank", 0.0)
             if share and dataset.n_sound and labels:
-                facts = {"share": share, "ranks": RANKS, "updates": UPDATES, "most noise": VAGUE}
-                header["low rank"] = facts if dataset.n_speech else facts | {"last": LAST}
+                header["low rank"] = low_rank_facts(share, dataset.n_speech)
             stems = out / "stems" if out is not None and plan.stems else None
             seed = mix_seed(plan.seed, getattr(separator, "seed", 0))
             trials.append(Trial(name, separator, dataset, labels, plan.metrics, header, seed, stems))

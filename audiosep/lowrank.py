@@ -14,8 +14,8 @@ towards them by a share,
 The sum stays what it was. In the sampler's last step it is a share `LAST` times as large, where there are sounds alone:
 rank 1 tells them apart better than their priors do. Of a voice it would take what its prior knows.
 
-Unlike factorisation from a random start, which has to guess what belongs together, this one
-starts at estimates that the priors have named.
+Unlike factorisation from a random start, which has to guess what belongs together, this one starts at estimates that
+the priors have named.
 
 B items, K sources, N samples, F bins, M frames.
 """

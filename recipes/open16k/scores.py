@@ -21,9 +21,8 @@ from typing import Any
 
 from audiosep import hub
 from audiosep.data import parse_task
-from audiosep.guidance import BANDS, LARGEST, RATE, STEERED
-from audiosep.lowrank import LAST, UPDATES, VAGUE
-from audiosep.separator import CLASSIFIER, GUIDANCE, LEAD, LEAST_NOISE, LIKENESS, LOW_RANK, RANKS, TAGGER
+from audiosep.evaluate import guidance_facts, low_rank_facts
+from audiosep.separator import CLASSIFIER, GUIDANCE, LEAD, LEAST_NOISE, LIKENESS, LOW_RANK, TAGGER
 
 HERE = Path(__file__).parent
 README = HERE.parents[1] / "README.md"
@@ -69,18 +68,11 @@ def shipped() -> dict[str, str]:
 def current(found: dict[str, Any]) -> dict[str, Any]:
     """The summary, if it is of the classifiers and constants of today; SystemExit otherwise."""
     voices, sounds = parse_task(found["task"])
-    low_rank = {"share": LOW_RANK, "ranks": RANKS, "updates": UPDATES, "most noise": VAGUE}
     today = {
         "classifiers": {name: digest for name, digest in shipped().items() if sounds > 1 or name == TAGGER},
         "exchange": {"likeness": LIKENESS, "lead": LEAD},
-        "guidance": {
-            "step": GUIDANCE,
-            "least noise": STEERED,
-            "bands": BANDS,
-            "nodes a second": RATE,
-            "largest": LARGEST,
-        },
-        "low rank": low_rank if voices else low_rank | {"last": LAST},
+        "guidance": guidance_facts(GUIDANCE),
+        "low rank": low_rank_facts(LOW_RANK, voices),
     }
     ended = math.isclose(found["options"]["noise levels"][-1], LEAST_NOISE)
     if not ended or (sounds and any(found.get(key) != value for key, value in today.items())):
