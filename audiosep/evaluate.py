@@ -44,7 +44,7 @@ from audiosep.baselines import ORACLES
 from audiosep.data import MixtureDataset, parse_task, read_manifest
 from audiosep.direct import load
 from audiosep.errors import AudiosepError, ModelError, UsageError
-from audiosep.guidance import BANDS, LARGEST, RATE, STEERED
+from audiosep.guidance import BANDS, FALLS, LARGEST, RATE, STEERED
 from audiosep.lowrank import LAST, UPDATES, VAGUE
 from audiosep.mixing import best_permutation
 from audiosep.progress import Callback
@@ -295,13 +295,20 @@ def score(estimates: Tensor, references: Tensor, mixture: Tensor) -> dict[str, A
 
 def guidance_facts(step: float) -> dict[str, Any]:
     """What stems that class guidance steered follow from besides the networks."""
-    return {"step": step, "least noise": STEERED, "bands": BANDS, "nodes a second": RATE, "largest": LARGEST}
+    return {
+        "step": step,
+        "falls": FALLS,
+        "ends at noise": STEERED,
+        "bands": BANDS,
+        "nodes a second": RATE,
+        "largest": LARGEST,
+    }
 
 
-def low_rank_facts(share: float, voices: int) -> dict[str, Any]:
-    """The same of low-rank guidance; its last step goes further where there are no voices."""
+def low_rank_facts(share: float, sounds: int) -> dict[str, Any]:
+    """The same of low-rank guidance; its last step goes further, among sounds where there are several."""
     facts = {"share": share, "ranks": RANKS, "updates": UPDATES, "most noise": VAGUE}
-    return facts if voices else facts | {"last": LAST}
+    return facts | {"last": LAST} if sounds > 1 else facts
 
 
 def _trials(plan: Plan, tables: Mapping[str, Any], given: Mapping[str, Separates], out: Path | None) -> list[Trial]:
@@ -350,7 +357,7 @@ def _trials(plan: Plan, tables: Mapping[str, Any], given: Mapping[str, Separates
                 header["guidance"] = guidance_facts(getattr(separator, "guidance", 0.0))
             share = getattr(separator, "low_rank", 0.0)
             if share and dataset.n_sound and labels:
-                header["low rank"] = low_rank_facts(share, dataset.n_speech)
+                header["low rank"] = low_rank_facts(share, dataset.n_sound)
             stems = out / "stems" if out is not None and plan.stems else None
             seed = mix_seed(plan.seed, getattr(separator, "seed", 0))
             trials.append(Trial(name, separator, dataset, labels, plan.metrics, header, seed, stems))

@@ -12,10 +12,12 @@ A gradient in the samples would find what deceives the classifier, not what belo
 the estimates X_k share their sum Y, smoothly in time and pitch: with P_k the power of X_k around each time-frequency
 bin, and fields D_k between few nodes,
 
-    X_k + (softmax_k(log P_k + D_k) - softmax_k(log P_k)) Y,    D = step * dJ/dD / rms(dJ/dD) at D = 0,
+    X_k + (softmax_k(log P_k + D_k) - softmax_k(log P_k)) Y,    D = step * sqrt(s) * dJ/dD / rms(dJ/dD) at D = 0,
 
 cut off at `LARGEST` times the step. The sum stays what it was. Only the gradient's direction counts: its length says
-how sure the classifier is, and one that is asked about estimates in the making is not to be trusted that far.
+how sure the classifier is, and one that is asked about estimates in the making is not to be trusted that far. The step
+falls with the noise s, times full scale: whose sound is whose is decided early, while the priors' answers are vague.
+Later these know more of the details, and a step as long would take stems apart that were right.
 
 B items, K sources, N samples, F bins, M frames.
 """
@@ -34,6 +36,7 @@ from audiosep.tagger import Ensemble, Tagger
 
 BANDS = 12  # nodes along frequency, evenly spaced in mel
 RATE = 2.5  # and along time, per second
+FALLS = 0.5  # power of the noise with which the step does
 STEERED = 0.06  # times full scale: at less noise the sources have parted, and no class guides
 LARGEST = 3.0  # multiples of its rms at which a field is cut off
 
@@ -44,7 +47,7 @@ class ClassGuidance:
     Args:
         classifier: its `fits` are the f_kj. Its weights should ask for no gradients, to save time.
         names: the K classes, two different ones at least.
-        step: rms of the fields before they are cut off, in nats.
+        step: rms of the fields before they are cut off, in nats, where the noise is full scale.
     """
 
     n_fft, hop_length = 1024, 256
@@ -56,12 +59,12 @@ class ClassGuidance:
         weights = torch.eye(len(names)) - others / others.sum(1, keepdim=True)
         self.weights = weights.to(next(classifier.parameters()).device)  # here, so that no step waits for the copy
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Estimates (B, K, N), of the same sum, after one step."""
+    def __call__(self, x: Tensor, noise: float) -> Tensor:
+        """Estimates (B, K, N), of the same sum, after one step at this noise, times full scale."""
         with torch.autocast(x.device.type, enabled=False):
-            return self._stepped(x)
+            return self._stepped(x, self.step * noise**FALLS)
 
-    def _stepped(self, x: Tensor) -> Tensor:
+    def _stepped(self, x: Tensor, step: float) -> Tensor:
         total = stft(x.sum(1, keepdim=True), self.n_fft, self.hop_length)
         power = around(stft(x, self.n_fft, self.hop_length).abs().square(), 3, 3)
         floor = 1e-6 * power.amax((1, 2, 3), keepdim=True) + torch.finfo(power.dtype).tiny
@@ -76,7 +79,7 @@ class ClassGuidance:
             field = x.new_zeros(*x.shape[:2], rows.shape[1], columns.shape[1], requires_grad=True)
             (gradient,) = torch.autograd.grad(self.objective(moved(field)).sum(), field)
         rms = gradient.square().mean((1, 2, 3), keepdim=True).sqrt()
-        return moved(self.step * (gradient / (rms + 1e-12)).clamp(-LARGEST, LARGEST))
+        return moved(step * (gradient / (rms + 1e-12)).clamp(-LARGEST, LARGEST))
 
     def objective(self, x: Tensor) -> Tensor:
         """J of estimates (B, K, N), in nats (B,)."""

@@ -11,8 +11,8 @@ towards them by a share,
 
     X_k + share * (P_k / sum_j P_j * Y - X_k),    P_k = (W_k H_k)^2.
 
-The sum stays what it was. In the sampler's last step it is a share `LAST` times as large, where there are sounds alone:
-rank 1 tells them apart better than their priors do. Of a voice it would take what its prior knows.
+The sum stays what it was. The sampler's last step moves the sounds alone, among themselves, a share `LAST` times as
+large: rank 1 tells them apart better than their priors do. Of a voice it would take what its prior knows.
 
 Unlike factorisation from a random start, which has to guess what belongs together, this one starts at estimates that
 the priors have named.
@@ -32,7 +32,7 @@ from audiosep.stft import istft, stft
 
 UPDATES = 10  # of each source alone, and as many of all together
 VAGUE = 0.5  # times full scale: at as much noise or more estimates don't say yet what repeats
-LAST = 4.0  # times as far goes the last step, where there are sounds alone
+LAST = 4.0  # times as far goes the last step, of the sounds among themselves
 FLOOR = 1e-6  # of the mean magnitude, under which nothing is told apart
 
 

@@ -58,7 +58,7 @@ LIKENESS = 2.5
 # single sources, which without it at times left their prior for another's empty stem. In these mixtures a third
 # of it or four times as much make no difference.
 LEAD = 3.0
-GUIDANCE = 0.3  # step of the class guidance, chosen on held-out mixtures
+GUIDANCE = 0.55  # step of the class guidance, chosen on held-out mixtures
 LOW_RANK = 0.2  # share of the low-rank guidance, chosen there, too
 RANKS = {"speech": 8}  # of a kind's spectrograms; those of a class of sound are 1
 LEAST_NOISE = 0.063  # of the last step: on held-out mixtures with a voice what came after it took the stems away again
@@ -144,9 +144,9 @@ class Separator:
             (see `audiosep.guidance`); None is the preset's own. Only the default preset's own sampler has it, for
             sources of two classes at least that both know.
         low_rank: how far estimates move, in each step but the noisiest, towards spectrograms of low rank, 0..1, 0 for
-            not at all; where there are sounds alone the last step goes four times as far, the whole way at most (see
-            `audiosep.lowrank`). None is the preset's own. Only the default preset's own sampler has it, where there are
-            sounds, all named by their class, and one voice at most.
+            not at all; the last step moves sounds alone, among themselves, where there are several, four times as far,
+            the whole way at most (see `audiosep.lowrank`). None is the preset's own. Only the default preset's own
+            sampler has it, where there are sounds, all named by their class, and one voice at most.
         least_noise: level of the sampler's last step, relative to full scale. At 0.063, which is the default preset's
             for its own sampler without a mixing, a sample is the mean of what the sources could still become: nearer to
             the truth on average, and found in half the time. At 0.002, the other samplers', it is a sample, with all
@@ -589,16 +589,16 @@ class Separator:
             if classifier is not None:
                 guide = ClassGuidance(classifier, self.classes_of(members), self.guidance)
                 guides.append((torch.tensor(group, device=self.device), guide))
-        # Rank 1 tells sounds apart better than their priors do; of a voice it would take what its prior knows.
-        alone = not any(self.priors[source.prior].kind in RANKS for source in sources)
+        sounds = [k for k, source in enumerate(sources) if self.priors[source.prior].kind not in RANKS]
+        among, index = self._low_rank([sources[k] for k in sounds]), torch.tensor(sounds, device=self.device)
 
         def steer(x: Tensor, noise: float) -> Tensor:
             for group, guide in guides if noise >= STEERED else ():
-                x = x.index_copy(1, group, guide(x[:, group]))
+                x = x.index_copy(1, group, guide(x[:, group], noise))
             if low_rank is None or noise >= VAGUE:
                 return x
-            if alone and noise <= last:
-                return low_rank(x, LAST)
+            if among is not None and noise <= last:
+                return x.index_copy(1, index, among(x[:, index], LAST))
             return low_rank(x) if noise >= STEERED else x
 
         return steer if guides or low_rank is not None else None

@@ -36,7 +36,7 @@ def test_it_finds_whose_sound_is_whose():
     guide = ClassGuidance(Ears(["Low", "High"]), ["LOW", "High"], 0.3)
     before = guide.objective(x)
     for _ in range(24):
-        x = guide(x)
+        x = guide(x, 1.0)
     assert (guide.objective(x) > before + 5).all()
     assert (si_sdr(x.double(), truth.double()) > 20).all()
 
@@ -47,7 +47,7 @@ def test_what_is_sure_is_moved_on_as_what_is_not():
     sure.log_odds = lambda mixture: 100 * Ears.log_odds(sure, mixture)
     x = 0.7 * truth + 0.3 * truth.flip(1)
     assert (sure.fits(x, ["Low", "High"]).abs() == SURE).all()
-    once = [ClassGuidance(ears, ["Low", "High"], 0.3)(x) for ears in (Ears(["Low", "High"]), sure)]
+    once = [ClassGuidance(ears, ["Low", "High"], 0.3)(x, 1.0) for ears in (Ears(["Low", "High"]), sure)]
     torch.testing.assert_close(once[1], once[0], atol=1e-6, rtol=0)
     assert (si_sdr(once[1].double(), truth.double()) > si_sdr(x.double(), truth.double()) + 1).all()
 
@@ -61,13 +61,13 @@ def tagger():
 def test_the_sum_stays_and_items_are_alike_alone_and_in_a_batch(tagger):
     x = torch.randn(2, 3, 16000, generator=torch.Generator().manual_seed(0)) * 0.1
     guide = ClassGuidance(tagger, ["speech", "Bark", "Bell"], 0.3)
-    moved = guide(x)
+    moved = guide(x, 1.0)
     torch.testing.assert_close(moved.sum(1), x.sum(1), atol=1e-5, rtol=0)
     assert (moved - x).abs().amax() > 0.01
-    torch.testing.assert_close(guide(x[1:]), moved[1:], atol=1e-5, rtol=0)
+    torch.testing.assert_close(guide(x[1:], 1.0), moved[1:], atol=1e-5, rtol=0)
     # A caller's mixed precision is not for this.
     with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(guide(x), moved, atol=1e-5, rtol=0)
+        torch.testing.assert_close(guide(x, 1.0), moved, atol=1e-5, rtol=0)
 
 
 def test_a_field_has_the_rms_asked_for_and_is_cut_off(tagger):
@@ -88,12 +88,14 @@ def test_a_field_has_the_rms_asked_for_and_is_cut_off(tagger):
     guide._nodes = lambda *_: (torch.ones(513, 1), torch.ones(126, 1))
     guide.objective = lambda x: x[:, 0].square().sum(-1)
     field = torch.tensor([0.1, -0.1])[None, :, None, None]
-    torch.testing.assert_close(guide(x), expected(field), atol=1e-5, rtol=0)
+    torch.testing.assert_close(guide(x, 1.0), expected(field), atol=1e-5, rtol=0)
+    # At less noise the step is shorter.
+    torch.testing.assert_close(guide(x, 0.09), expected(0.3 * field), atol=1e-5, rtol=0)
     # Of 26 nodes, each of one bin of one frame, one has the whole gradient: five times the rms.
     guide._nodes = lambda *_: (torch.eye(513)[:, ::20], torch.eye(126)[:, 60:61])
     guide.objective = lambda x: spectrum(x)[:, 0, 80, 60].abs().square()
     one = (torch.arange(513) == 80)[:, None] & (torch.arange(126) == 60)
-    moved = spectrum(guide(x) - x)[0, 0, 80, 60]
+    moved = spectrum(guide(x, 1.0) - x)[0, 0, 80, 60]
     most = spectrum(expected(field * LARGEST * one) - x)[0, 0, 80, 60]
     torch.testing.assert_close(moved, most, atol=0.02 * float(most.abs()), rtol=0)
 
@@ -114,9 +116,9 @@ def test_sources_of_one_class_are_not_driven_apart(tagger):
 def test_silence_stays_silent(tagger):
     guide = ClassGuidance(tagger, ["Bark", "Bell"], 0.3)
     silent = torch.zeros(1, 2, 16000)
-    assert torch.equal(guide(silent), silent)
+    assert torch.equal(guide(silent, 1.0), silent)
     half = torch.stack((tone(400), torch.zeros(16000)))[None]
-    moved = guide(half)
+    moved = guide(half, 1.0)
     assert moved.isfinite().all()
     torch.testing.assert_close(moved.sum(1), half.sum(1), atol=1e-5, rtol=0)
 

@@ -260,6 +260,13 @@ def test_a_separator_guides_by_low_rank_where_a_sound_is():
         assert torch.equal(steer(x, noise), x)
     steer = job_of(VOICE_AND_SOUND, ["Low", "High"], guidance=0).sampler.steer
     assert torch.equal(steer(x, 0.08), LowRank([1, 1], LOW_RANK)(x))
+    x = torch.randn(1, 3, 16000, generator=torch.Generator().manual_seed(0))
+    sampler = job_of(VOICE_AND_SOUND, ["Low", "speech", "High"], guidance=0).sampler
+    assert torch.equal(sampler.steer(x, 0.08), LowRank([1, RANKS["speech"], 1], LOW_RANK)(x))
+    moved = sampler.steer(x, sampler.ratios[-2])  # the sounds among themselves
+    assert torch.equal(moved[:, 1], x[:, 1])
+    assert torch.equal(moved[:, ::2], LowRank([1, 1], LOW_RANK)(x[:, ::2], LAST))
+    x = x[:, :2]
     for options in ({}, {"least_noise": 0.002}, {"sampling": {"times": [11, 8, 5]}}):
         sampler = job_of(VOICE_AND_SOUND, ["Low", "High"], guidance=0, **options).sampler
         assert torch.equal(sampler.steer(x, sampler.ratios[-2]), LowRank([1, 1], LOW_RANK)(x, LAST))

@@ -67,12 +67,12 @@ def shipped() -> dict[str, str]:
 
 def current(found: dict[str, Any]) -> dict[str, Any]:
     """The summary, if it is of the classifiers and constants of today; SystemExit otherwise."""
-    voices, sounds = parse_task(found["task"])
+    _, sounds = parse_task(found["task"])
     today = {
         "classifiers": {name: digest for name, digest in shipped().items() if sounds > 1 or name == TAGGER},
         "exchange": {"likeness": LIKENESS, "lead": LEAD},
         "guidance": guidance_facts(GUIDANCE),
-        "low rank": low_rank_facts(LOW_RANK, voices),
+        "low rank": low_rank_facts(LOW_RANK, sounds),
     }
     ended = math.isclose(found["options"]["noise levels"][-1], LEAST_NOISE)
     if not ended or (sounds and any(found.get(key) != value for key, value in today.items())):
