@@ -140,9 +140,9 @@ class Separator:
         segment: seconds separated at a time; None is 4.
         overlap: fraction of a segment shared with the next, 0..0.5.
         samples: runs of the sampler that a stem is made of; None is the preset's own number.
-        guidance: how far tagger and classifier move estimates towards their own classes in each step, 0 for not at all
-            (see `audiosep.guidance`); None is the preset's own. Only the default preset's own sampler has it, for
-            sources of two classes at least that both know.
+        guidance: how far tagger and classifier move estimates towards their own classes in each step, less at less
+            noise, 0 for not at all (see `audiosep.guidance`); None is the preset's own. Only the default preset's own
+            sampler has it, for sources of two classes at least that both know.
         low_rank: how far estimates move, in each step but the noisiest, towards spectrograms of low rank, 0..1, 0 for
             not at all; the last step moves sounds alone, among themselves, where there are several, four times as far,
             the whole way at most (see `audiosep.lowrank`). None is the preset's own. Only the default preset's own

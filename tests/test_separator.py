@@ -283,6 +283,7 @@ def test_where_the_sampler_ends():
     on = banded(least_noise=0.002).settings
     assert (on["noise levels"][1], on["steps"]) == (pytest.approx(0.002), 24)
     assert banded(sampler="hybrid").settings["steps"] == 24
+    assert banded(mixing=[[1.0, 1.0]]).settings["steps"] == 24
     assert banded(sampler="hybrid", least_noise=LEAST_NOISE).settings["steps"] == 12
     with pytest.raises(UsageError, match="least_noise is for the default preset"):
         banded(preset="paper", least_noise=0.1)

@@ -2,7 +2,10 @@
 
 - deterministic: the sampler that renewed no noise; sounds as they came out; the sound prior after 6,630 steps.
 - unguided: no class guidance, and the tagger alone named the stems.
-- sampled: as all that follow, on to noise of 0.002 in 24 steps, twice as many; low-rank guidance had no last step.
+- even-guidance: as all that follow, class guidance took steps of 0.3 at all noise, and where a voice was low-rank
+  guidance had no last step.
+- sampled: as all that follow, on to noise of 0.002 in 24 steps, twice as many; low-rank guidance had no last
+  step at all.
 - class-guidance: no low-rank guidance, and log-odds of more than 13.8 guided nothing.
 - tagger: like that, and the tagger alone guided and named the stems; classifier: the classifier alone did.
 

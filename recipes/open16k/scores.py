@@ -38,6 +38,7 @@ RIVALS = {
     "outside the corpus: ": HERE.parent / "outside/results/summary.json",
 }
 EARLIER = {
+    "even-guidance": "class guidance as far at all noise, no last step by low rank beside a voice",
     "sampled": "sampling to the end, in 24 steps",
     "class-guidance": "class guidance alone",
     "unguided": "no class guidance, the tagger's names",
