@@ -119,11 +119,11 @@ def around(power: Tensor, rows: int, columns: int) -> Tensor:
     return avg_pool2d(flat, (rows, columns), stride=1, padding=half, count_include_pad=False).view(power.shape)
 
 
-def shares(power: Tensor, dim: int = -3) -> Tensor:
-    """Fractions power_k / sum_j power_j along `dim`; equal where there is no power at all."""
-    # The floor lies 120 dB under the loudest bin, so that rounding noise decides nothing.
-    floor = 1e-12 * power.amax() + torch.finfo(power.dtype).tiny
-    return (power + floor) / (power + floor).sum(dim, keepdim=True)
+def shares(power: Tensor) -> Tensor:
+    """Fractions power_k / sum_j power_j of powers (..., K, F, M); equal where there is no power at all."""
+    # The floor lies 120 dB under an item's loudest bin, so that rounding noise decides nothing.
+    floor = 1e-12 * power.amax((-3, -2, -1), keepdim=True) + torch.finfo(power.dtype).tiny
+    return (power + floor) / (power + floor).sum(-3, keepdim=True)
 
 
 def best_permutation(score: Tensor) -> Tensor:

@@ -57,8 +57,11 @@ def test_band_above_the_known_one_is_shared_as_just_below_it():
 
 
 def test_shares_are_fractions_also_without_power():
-    power = torch.tensor([[1.0, 0.0, 0.0], [3.0, 0.0, 5.0]])
-    assert torch.allclose(shares(power, 0), torch.tensor([[0.25, 0.5, 0.0], [0.75, 0.5, 1.0]]), atol=1e-6)
+    power = torch.tensor([[1.0, 0.0, 0.0], [3.0, 0.0, 5.0]])[:, None]  # (K, F, M)
+    expected = torch.tensor([[0.25, 0.5, 0.0], [0.75, 0.5, 1.0]])[:, None]
+    assert torch.allclose(shares(power), expected, atol=1e-6)
+    # A quiet item is shared out as it is alone, whatever is in its batch.
+    assert torch.allclose(shares(torch.stack((power, 1e-15 * power))), expected.expand(2, 2, 1, 3), atol=1e-6)
 
 
 def test_samples_that_agree_are_left_as_they_are():
