@@ -519,11 +519,15 @@ def test_recipes_of_evaluations_name_what_is_there(path, gaussian):
 
 def test_the_numbers_in_the_readme_are_those_of_the_files():
     made = prepare("open16k", "scores")
-    text = made.README.read_text(encoding="utf-8")
-    assert made.filled(text) == text
-    assert made.filled(text.replace("| 1 speech + 2 sounds |", "| mistaken |")) == text
+    mistaken = {"README.md": "| 1 speech + 2 sounds |", "recipes/unasdiff/README.md": "| DSG |"}
+    assert set(made.TABLES) == {RECIPES.parent / path for path in mistaken}
+    for path, cell in mistaken.items():
+        text = (RECIPES.parent / path).read_text(encoding="utf-8")
+        assert cell in text
+        assert made.filled(RECIPES.parent / path, text) == text
+        assert made.filled(RECIPES.parent / path, text.replace(cell, "| mistaken |")) == text
     with pytest.raises(SystemExit, match="no place for example"):
-        made.filled(text.replace("<!-- /example -->", ""))
+        made.filled(made.README, made.README.read_text(encoding="utf-8").replace("<!-- /example -->", ""))
     assert [made.number(x) for x in (-0.04, -0.06, 1.25, 2.0)] == ["0.0", "-0.1", "1.2", "2.0"]
 
 

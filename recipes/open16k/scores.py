@@ -1,4 +1,4 @@
-"""Fill in the numbers of the main README, from the files that evaluations wrote.
+"""Fill in the numbers of the main README and of ../unasdiff's, from the files that evaluations wrote.
 
 What stands between `<!-- NAME -->` and `<!-- /NAME -->` is replaced by the table of that name:
 
@@ -6,6 +6,7 @@ What stands between `<!-- NAME -->` and `<!-- /NAME -->` is replaced by the tabl
   (`../unasdiff/results/rivals/summary.json`), and both outside the corpus (`../outside/results/summary.json`).
 - differences: what it has over earlier defaults, paired (`results/earlier/differences.jsonl`, by `compare.py`).
 - example: the recording of the first minute (`../example/result.json`).
+- samplers, in ../unasdiff/README.md: all samplers with the shipped priors (`../unasdiff/results/table2`).
 
 Run: python recipes/open16k/scores.py
 """
@@ -19,9 +20,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from audiosep import hub
 from audiosep.data import parse_task
 from audiosep.evaluate import guidance_facts, low_rank_facts
+from audiosep.metrics import paired_interval
 from audiosep.separator import CLASSIFIER, GUIDANCE, LEAD, LEAST_NOISE, LIKENESS, LOW_RANK, TAGGER
 
 HERE = Path(__file__).parent
@@ -145,20 +149,50 @@ def example() -> str:
     return table(["stem of the example", "SI-SDR before, dB", "after"], rows)
 
 
-TABLES = {"scores": scores, "differences": differences, "example": example}
+def samplers() -> str:
+    """The table `samplers`: those of Table 2 on 1 speech + 1 sound, best first."""
+    folder = HERE.parent / "unasdiff/results/table2/1speech+1sound"
+    found: dict[str, dict[int, float]] = {}
+    for line in (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        found.setdefault(row["separator"], {})[row["index"]] = float(np.mean(row["si_sdr"]))
+    head = ["1 speech + 1 sound", "mixtures", "labels fixed", "default has more", "more than hybrid, published"]
+    rows = []
+    for row in sorted(summaries(folder / "summary.json"), key=lambda row: -row["si_sdr"]["mean"]):
+        own = found[row["separator"]]
+        paired = [_more(found["default"], own), _more(own, found["hybrid, published"])]
+        cost = [f"{row['pesq']['mean']:.2f}", f"{row['evaluations']:.0f}", number(row["seconds"])]
+        rows.append([row["separator"], str(row["count"]), with_interval(row["si_sdr"]), *paired, *cost])
+    return table([*head, "PESQ-WB", "evaluations", "s"], rows)
 
 
-def filled(text: str) -> str:
-    """The README's text with the tables of today."""
-    for name, make in TABLES.items():
+def _more(scores: dict[int, float], others: dict[int, float]) -> str:
+    """The mean of paired differences and its interval."""
+    if scores is others:
+        return ""
+    both = [np.array([one[i] for i in sorted(one)]) for one in (scores, others)]
+    low, high = paired_interval(*both)
+    return with_interval({"mean": float((both[0] - both[1]).mean()), "interval": (low, high)})
+
+
+TABLES = {
+    README: {"scores": scores, "differences": differences, "example": example},
+    HERE.parent / "unasdiff/README.md": {"samplers": samplers},
+}
+
+
+def filled(path: Path, text: str) -> str:
+    """The text of this README with the tables of today."""
+    for name, make in TABLES[path].items():
         start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
         before, _, rest = text.partition(start)
         _, found, after = rest.partition(end)
         if not found:
-            raise SystemExit(f"{README.name} has no place for {name}")
+            raise SystemExit(f"{path} has no place for {name}")
         text = f"{before}{start}\n\n{make()}\n\n{end}{after}"
     return text
 
 
 if __name__ == "__main__":
-    README.write_text(filled(README.read_text(encoding="utf-8")), encoding="utf-8")
+    for path in TABLES:
+        path.write_text(filled(path, path.read_text(encoding="utf-8")), encoding="utf-8")
