@@ -44,9 +44,9 @@ from audiosep.baselines import ORACLES
 from audiosep.data import MixtureDataset, parse_task, read_manifest
 from audiosep.direct import load
 from audiosep.errors import AudiosepError, ModelError, UsageError
-from audiosep.guidance import BANDS, FALLS, LARGEST, RATE, STEERED
+from audiosep.guidance import FALLS, LARGEST, STEERED
 from audiosep.lowrank import LAST, UPDATES, VAGUE
-from audiosep.mixing import best_permutation
+from audiosep.mixing import BANDS, RATE, best_permutation
 from audiosep.progress import Callback
 from audiosep.recipe import build, check_tables
 from audiosep.separator import LEAD, LIKENESS, RANKS, Separates, Separation, mix_seed

@@ -140,14 +140,15 @@ def _fit_tagger(tables: Mapping[str, Any], out: Path, **how: Any) -> dict[str, A
     torch.manual_seed(options.seed)
     table = dict(tables["tagger"])
     prior, tasks = hub.load_prior(table.pop("of", "sound")), table.pop("tasks", TAGGED_TASKS)
-    alone, start = table.pop("alone", 0.0), table.pop("start", None)
+    shares = {name: table.pop(name, 0.0) for name in ("alone", "masked")}
+    start = table.pop("start", None)
     tagger = build(Tagger, table, "tagger", classes=prior.classes, sample_rate=prior.sample_rate)
     started = _started(start)
     if start is not None:
         _start_tagger(tagger, start)
     data = _Data(tables, kind=None)
     count = -(-(options.max_steps or FOREVER) * options.batch_size // len(tasks))
-    mixtures = data.tagged(data.train, tagger, tasks, count, options.seed, alone)
+    mixtures = data.tagged(data.train, tagger, tasks, count, options.seed, **shares)
     probe = build(TaggerProbe, tables.get("probe", {}), "probe", data=data, tagger=tagger, tasks=tasks)
     card = build(_card, tables.get("card", {}), "card")
 
@@ -159,7 +160,7 @@ def _fit_tagger(tables: Mapping[str, Any], out: Path, **how: Any) -> dict[str, A
         hub.save_model(average, out, {**data.card(), **card, "metrics": probe.metrics(rows), "training": facts})
 
     about = {"tagger": json.loads(json.dumps(tagger.config)), "recordings": data.fingerprint()}
-    about |= {"tasks": list(tasks), "alone": alone}
+    about |= {"tasks": list(tasks)} | shares
     return train.train(tagger, mixtures, run_folder(out), options, save=save, probe=probe, about=about, **how)
 
 
@@ -305,16 +306,16 @@ class _Data:
         tasks: Sequence[str],
         count: int,
         seed: int,
-        alone: float = 0.0,
+        **shares: float,
     ) -> TaggedMixtures:
-        """Mixtures of the tagger's classes, `count` of each task."""
+        """Mixtures of the tagger's classes, `count` of each task; `shares` are `TaggedMixtures`' own."""
         common = {"items": items, "count": count, "classes": tagger.classes, "sample_rate": tagger.sample_rate}
         # A task that is named twice is to give other mixtures the second time.
         datasets = [
             build(MixtureDataset, self.table, "data", task=task, seed=seed + k, **common)
             for k, task in enumerate(tasks)
         ]
-        return TaggedMixtures(datasets, tagger.labels, alone)
+        return TaggedMixtures(datasets, tagger.labels, **shares)
 
     def fingerprint(self) -> str:
         names = "\n".join(f"{item.label} {item.id} {item.duration}" for item in self.train)

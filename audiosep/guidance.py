@@ -30,12 +30,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from audiosep.mixing import around
+from audiosep.mixing import around, grid
 from audiosep.stft import istft, stft
 from audiosep.tagger import Ensemble, Tagger
 
-BANDS = 12  # nodes along frequency, evenly spaced in mel
-RATE = 2.5  # and along time, per second
 FALLS = 0.5  # power of the noise with which the step does
 STEERED = 0.06  # times full scale: at less noise the sources have parted, and no class guides
 LARGEST = 3.0  # multiples of its rms at which a field is cut off
@@ -87,13 +85,5 @@ class ClassGuidance:
         return (self.weights * fits).sum((1, 2))
 
     def _nodes(self, x: Tensor, bins: int, frames: int) -> tuple[Tensor, Tensor]:
-        """Weights of linear interpolation from nodes to bins (F, BANDS) and to frames (M, nodes)."""
-        hertz = torch.linspace(0, self.classifier.sample_rate / 2, bins, device=x.device)
-        mel = torch.log1p(hertz / 700)
-        count = max(2, round(RATE * x.shape[-1] / self.classifier.sample_rate))
-        return _hats(mel / mel[-1], BANDS), _hats(torch.linspace(0, 1, frames, device=x.device), count)
-
-
-def _hats(position: Tensor, nodes: int) -> Tensor:
-    """Weights (P, nodes) of linear interpolation at positions (P,) in 0..1 between evenly spaced nodes."""
-    return (1 - (position[:, None] * (nodes - 1) - torch.arange(nodes, device=position.device)).abs()).clamp(min=0)
+        """Weights of linear interpolation from nodes to bins and to frames."""
+        return grid(self.classifier.sample_rate, bins, frames, x.shape[-1], x.device)

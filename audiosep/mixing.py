@@ -16,6 +16,9 @@ from torch.nn.functional import avg_pool2d
 from audiosep.errors import UsageError
 from audiosep.stft import istft, stft
 
+BANDS = 12  # nodes of smooth fields along frequency, evenly spaced in mel
+RATE = 2.5  # and along time, per second
+
 
 def read_mixing(path: str | os.PathLike[str]) -> np.ndarray:
     """A mixing matrix (C, K) from a CSV file without a header; UsageError when it is none."""
@@ -111,6 +114,31 @@ def combine(mixture: Tensor, samples: Tensor, n_fft: int = 1024, hop_length: int
     doubt = (spread / (spread + 0.1 * power + floor)).amax(-3, keepdim=True)
     filtered = shares(power + spread) * stft(mixture, n_fft, hop_length).unsqueeze(-3)
     return istft(doubt * filtered + (1 - doubt) * bins, n_fft, hop_length, samples.shape[-1])
+
+
+def grid(
+    sample_rate: int, bins: int, frames: int, samples: int, device: torch.device | None = None
+) -> tuple[Tensor, Tensor]:
+    """Weights that make a smooth field (F, M) of few nodes, evenly spaced in mel and in time: rows @ nodes @ columns.T.
+
+    Args:
+        sample_rate: in Hz.
+        bins: F, from 0 Hz to half the rate.
+        frames: M.
+        samples: of the signal; there are `RATE` nodes a second, two at least.
+        device: of the weights.
+
+    Returns:
+        rows (F, `BANDS`) and columns (M, nodes), of linear interpolation between nodes.
+    """
+    mel = torch.log1p(torch.linspace(0, sample_rate / 2, bins, device=device) / 700)
+    nodes = max(2, round(RATE * samples / sample_rate))
+    return _hats(mel / mel[-1], BANDS), _hats(torch.linspace(0, 1, frames, device=device), nodes)
+
+
+def _hats(position: Tensor, nodes: int) -> Tensor:
+    """Weights (P, nodes) of linear interpolation at positions (P,) in 0..1 between evenly spaced nodes."""
+    return (1 - (position[:, None] * (nodes - 1) - torch.arange(nodes, device=position.device)).abs()).clamp(min=0)
 
 
 def around(power: Tensor, rows: int, columns: int) -> Tensor:

@@ -11,9 +11,9 @@ by whose differences stems are told apart.
 
 It is trained on mixtures of the clips that the priors were trained on, so it knows the priors' classes. Two are
 shipped. The tagger listens to recordings for `-s auto`, and knows voices better. The classifier knows sounds better: in
-two of three of its mixtures of several sources all but one are faint, as in a stem that a separator made, and count for
-nothing. Together (`Ensemble`) they tell which stem is of which class, and their gradient guides the sampler
-(`audiosep.guidance`).
+two of three of its mixtures of several sources all but one count for nothing, as they are faint, or left by a faulty
+mask here and there, as in a stem that a separator made. Together (`Ensemble`) they tell which stem is of which class,
+and their gradient guides the sampler (`audiosep.guidance`).
 
 B items, N samples, L labels, T frames.
 """
@@ -33,7 +33,8 @@ from torch.utils.data import Dataset
 
 from audiosep.data import MixtureDataset
 from audiosep.errors import UsageError
-from audiosep.stft import stft
+from audiosep.mixing import BANDS, around, grid
+from audiosep.stft import istft, stft
 
 __all__ = ["COUNTS", "Ensemble", "TaggedMixtures", "Tagger", "leaked"]
 
@@ -44,6 +45,10 @@ HEARD = 0.5  # score from which a voice or a sound is there
 # to outweigh all others. Guidance, which asks for directions only, takes them whole: beyond the end is no gradient.
 SURE = 13.8
 FAINT = (5.0, 25.0)  # dB that what counts for nothing lies under the rest
+# Stems as a separator's masks leave them: bins and frames over which it saw power, vaguely as at much noise, or sharply
+# as at little, and the largest rms of its errors, in nats.
+SEEN = (3, 5, 9, 15)
+ERRORS = 4.0
 
 
 class Tagger(nn.Module):
@@ -239,15 +244,19 @@ class TaggedMixtures(Dataset[dict[str, Tensor]]):
     Args:
         datasets: of a task each; one may stand there several times.
         labels: the tagger's.
-        alone: share of the mixtures in which all sources but one are faint (`FAINT`), and that one alone is tagged.
+        alone: share of the mixtures in which one source alone is tagged, and all others are faint (`FAINT`).
+        masked: share of these in which what is left of the others, and of the one, is up to a faulty mask (`masked`).
     """
 
-    def __init__(self, datasets: Sequence[MixtureDataset], labels: Sequence[str], alone: float = 0.0) -> None:
+    def __init__(
+        self, datasets: Sequence[MixtureDataset], labels: Sequence[str], alone: float = 0.0, masked: float = 0.0
+    ) -> None:
         if not datasets:
             raise UsageError("no tasks to make mixtures of")
-        if not 0 <= alone <= 1:
-            raise UsageError(f"alone is a share, 0..1, got {alone}")
-        self.datasets, self.alone = list(datasets), alone
+        for name, share in (("alone", alone), ("masked", masked)):
+            if not 0 <= share <= 1:
+                raise UsageError(f"{name} is a share, 0..1, got {share}")
+        self.datasets, self.alone, self.masked = list(datasets), alone, masked
         self.index = {label.casefold(): i for i, label in enumerate(labels)}
         self.segment = self.datasets[0].segment
 
@@ -263,6 +272,9 @@ class TaggedMixtures(Dataset[dict[str, Tensor]]):
         if rng.random() >= self.alone:
             return {"mixture": item["mixture"], "tags": self.tags(item["names"])}
         kept = int(rng.random() * len(item["names"]))
+        if self.masked and rng.random() < self.masked:
+            stem = masked(item["sources"], kept, dataset.sample_rate, rng)
+            return {"mixture": stem, "tags": self.tags([item["names"][kept]])}
         faint, fainter = FAINT
         gains = torch.tensor([10 ** (-(faint + (fainter - faint) * rng.random()) / 20) for _ in item["names"]])
         gains[kept] = 1.0
@@ -283,6 +295,27 @@ def leaked(item: Mapping[str, Any], faint: float) -> Tensor:
     """The stems (K, N) of a mixture, each with the others `faint` dB fainter, as a separator leaves them."""
     stems: Tensor = item["sources"]
     return stems + 10 ** (-faint / 20) * (item["mixture"] - stems)
+
+
+def masked(sources: Tensor, kept: int, sample_rate: int, rng: np.random.Generator) -> Tensor:
+    """The stem (N,) of one of the sources (K, N) of a mixture, as masks that are wrong here and there leave it.
+
+    The masks are softmax_k(log P_k + D_k) with P_k the power of source k around each time-frequency bin and D_k a
+    smooth random field: what `audiosep.guidance` looks for. Where others are louder in the stem, D is 0.
+    """
+    n_fft, hop_length = 1024, 256
+    spectra = stft(sources, n_fft, hop_length)
+    size = int(rng.choice(SEEN))
+    power = around(spectra.abs().square(), size, size)
+    log = (power + 1e-6 * power.amax() + torch.finfo(power.dtype).tiny).log()
+    rows, columns = grid(sample_rate, log.shape[-2], log.shape[-1], sources.shape[-1])
+    errors = rng.random() * ERRORS * rng.standard_normal((len(sources), BANDS, columns.shape[-1]))
+    errors += rng.standard_normal((len(sources), 1, 1))
+    mask = (log + rows @ torch.from_numpy(errors).float() @ columns.T).softmax(0)[kept]
+    own, total = spectra[kept], spectra.sum(0)
+    if (mask * (total - own)).abs().square().sum() > (mask * own).abs().square().sum():
+        mask = log.softmax(0)[kept]
+    return istft((mask * total)[None], n_fft, hop_length, sources.shape[-1])[0]
 
 
 def _block(into: int, out: int) -> nn.Sequential:

@@ -2,8 +2,9 @@ import numpy as np
 import pytest
 import torch
 
-from audiosep.guidance import BANDS, LARGEST, ClassGuidance, _hats
+from audiosep.guidance import LARGEST, ClassGuidance
 from audiosep.metrics import si_sdr
+from audiosep.mixing import BANDS, _hats
 from audiosep.prior import GaussianPrior, JointPrior
 from audiosep.samplers import Noise, build
 from audiosep.schedules import ve

@@ -14,7 +14,7 @@ from audiosep.errors import UsageError
 from audiosep.prior import Prior
 from audiosep.schedules import ve
 from audiosep.separator import Separator
-from audiosep.tagger import Ensemble, TaggedMixtures, Tagger, leaked
+from audiosep.tagger import Ensemble, TaggedMixtures, Tagger, leaked, masked
 
 RATE = 16000
 TONES = {"Low": 300.0, "High": 3000.0}
@@ -80,6 +80,39 @@ def test_faint_sources_count_for_nothing(manifest):
     assert set(kept) == {0, 1}
     with pytest.raises(UsageError, match=r"alone is a share, 0\.\.1, got 2"):
         TaggedMixtures([dataset], tagger.labels, alone=2)
+
+
+def test_what_faulty_masks_leave_counts_for_its_loudest(manifest):
+    labels = Tagger(["Low", "High"]).labels
+    items = read_manifest(manifest, split="train")
+    dataset = MixtureDataset(items, "2sound", count=20, seed=1, segment=1.0)
+    mixtures = TaggedMixtures([dataset], labels, alone=1.0, masked=0.5)
+    faint = 0
+    for i, plain in enumerate(dataset):
+        stem, sources = mixtures[i]["mixture"], plain["sources"]
+        assert torch.equal(stem, mixtures[i]["mixture"])
+        (kept,) = (k for k, name in enumerate(plain["names"]) if mixtures[i]["tags"][labels.index(name)])
+        assert mixtures[i]["tags"].tolist() == mixtures.tags([plain["names"][kept]]).tolist()
+        shares = (sources @ sources.T).inverse() @ (sources @ stem)
+        assert shares[kept] > shares[1 - kept]
+        faint += (stem - shares @ sources).square().mean().sqrt() < 1e-6
+    assert 4 <= faint <= 16  # half of them are as without masks
+    with pytest.raises(UsageError, match=r"masked is a share, 0\.\.1, got -1"):
+        TaggedMixtures([dataset], labels, masked=-1)
+
+
+def test_masks_are_faulty_in_parts():
+    sources = 0.1 * torch.randn(2, RATE, generator=torch.Generator().manual_seed(0))
+    stems = torch.stack([masked(sources, 1, RATE, np.random.default_rng(seed)) for seed in range(40)])
+    assert torch.equal(masked(sources, 1, RATE, np.random.default_rng(3)), stems[3])
+    other, own = (stems @ sources.T / sources.square().sum(1)).T
+    assert (own > other).all()
+    assert (own < 0.6).any()  # much of its own is lost
+    assert (own > 0.75).any()
+    # What is left changes with time.
+    halves = stems.unflatten(-1, (2, -1)) * sources[1].unflatten(-1, (2, -1))
+    first, second = halves.sum(-1).T / sources[1].square().sum() * 2
+    assert ((first - second).abs() > 0.2).any()
 
 
 def test_how_well_stems_fit_classes():
