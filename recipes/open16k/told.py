@@ -1,9 +1,9 @@
 """How often tagger and classifier, alone and together, tell apart stems of recordings held out of their training.
 
-Every stem of a held-out mixture holds the other sources `--faint` dB fainter, as a separator leaves them. `pairs` is
-how often a stem fits its own class better than that of another source (what class guidance climbs), `all` how often
-the best assignment of the mixture's stems is the true one (what names them); chance is 1/2, and 1/K! for K sources.
-`together` is what the separator asks.
+Every stem of a held-out mixture holds the other sources `--faint` dB fainter, or is what a faulty mask leaves of all of
+them (`tagger.masked`; lines whose `faint_db` is null). `pairs` is how often a stem fits its own class better than that
+of another source (what class guidance climbs), `all` how often the best assignment of the mixture's stems is the true
+one (what names them); chance is 1/2, and 1/K! for K sources. `together` is what the separator asks.
 
     python recipes/open16k/prepare.py --root DIR --valid 0.15 --least 3 -o data/open16k-rare.csv
     for n in tagger classifier; do
@@ -18,14 +18,16 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from audiosep import hub
 from audiosep.data import MixtureDataset, read_manifest
 from audiosep.mixing import best_permutation
-from audiosep.tagger import Ensemble, leaked
+from audiosep.tagger import Ensemble, leaked, masked
 
 TASKS = ("1speech+1sound", "1speech+2sound", "2sound", "3sound")
 
@@ -35,6 +37,12 @@ def scores(fits: Tensor) -> tuple[float, float]:
     own, others = fits.diagonal()[:, None], ~torch.eye(len(fits), dtype=torch.bool)
     order = best_permutation(fits[None])[0].tolist()
     return (own > fits)[others].float().mean().item(), float(order == list(range(len(fits))))
+
+
+def faulty(item: dict[str, Any], seed: int) -> Tensor:
+    """The stems (K, N) of a mixture as faulty masks leave them."""
+    rng = np.random.default_rng([7, seed])
+    return torch.stack([masked(item["sources"], k, 16000, rng) for k in range(len(item["names"]))])
 
 
 @torch.no_grad()
@@ -54,11 +62,11 @@ def main() -> None:
     lines = []
     for task in TASKS:
         mixtures = MixtureDataset(items, task, options.count, 3, classes=tagger.classes)
-        for faint in options.faint:
+        for faint in (*options.faint, None):
             found: dict[str, list[tuple[float, float]]] = {}
             for i in range(options.count):
                 item = mixtures[i]
-                stems = leaked(item, faint)[None]
+                stems = (faulty(item, i) if faint is None else leaked(item, faint))[None]
                 for name, network in networks.items():
                     found.setdefault(name, []).append(scores(network.fits(stems, item["names"])[0]))
             for name, values in found.items():
