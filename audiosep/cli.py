@@ -169,6 +169,14 @@ def separate(
             "means, in twice the time.  [default: 0.063 of its own sampler]",
         ),
     ] = None,
+    starts: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Runs begun for these samples; those go on that fit their classes best.  [default: twice as many, "
+            "of the default preset's own sampler]",
+        ),
+    ] = None,
     combine: Annotated[
         Combine | None,
         typer.Option(help="Of several samples a stem is the mean, with `wiener` filtered where they disagree."),
@@ -250,6 +258,7 @@ def separate(
             guidance=guidance,
             low_rank=low_rank,
             least_noise=least_noise,
+            starts=starts,
             combine=combine and combine.value,
             seed=seed,
             mixing=mixing and read_mixing(mixing),

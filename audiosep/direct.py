@@ -44,6 +44,7 @@ SAMPLERS_OWN = (
     "guidance",
     "low_rank",
     "least_noise",
+    "starts",
     "combine",
     "sampling",
     "mixing",
