@@ -173,8 +173,8 @@ def separate(
         int | None,
         typer.Option(
             min=1,
-            help="Runs begun for these samples; those go on that fit their classes best.  [default: twice as many, "
-            "of the default preset's own sampler]",
+            help="Runs begun for these samples, where several classes of sound are asked for; of more than samples "
+            "those go on that fit them best.  [default: as many]",
         ),
     ] = None,
     combine: Annotated[

@@ -353,10 +353,13 @@ def _trials(plan: Plan, tables: Mapping[str, Any], given: Mapping[str, Separates
             }
             if classifier is not None:
                 sounds = [f"sound {k}" if labels else "sound" for k in range(dataset.n_sound)]
-                header["classifiers"] = _hashes(classifier.asked(["speech"] * dataset.n_speech + sounds))
+                asked = classifier.asked(["speech"] * dataset.n_speech + sounds)
+                header["classifiers"] = _hashes(asked)
                 header["exchange"] = {"likeness": LIKENESS, "lead": LEAD}
                 header["guidance"] = guidance_facts(getattr(separator, "guidance", 0.0))
-                header["starts"] = [getattr(separator, "starts", 1), BEGUN]
+                starts = getattr(separator, "starts", 1)
+                if "classifier" in asked and starts > getattr(separator, "samples", 1):
+                    header["starts"] = [starts, BEGUN]
             share = getattr(separator, "low_rank", 0.0)
             if share and dataset.n_sound and labels:
                 header["low rank"] = low_rank_facts(share, dataset.n_sound)

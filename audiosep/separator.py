@@ -62,9 +62,8 @@ LEAD = 3.0
 GUIDANCE = 0.55  # step of the class guidance, chosen on held-out mixtures
 LOW_RANK = 0.2  # share of the low-rank guidance, chosen there, too
 RANKS = {"speech": 8}  # of a kind's spectrograms; those of a class of sound are 1
-STARTS = 2  # runs begun for each that is finished
-BEGUN = 1 / 3  # of the steps, after which the best go on. On held-out mixtures fits said more there than at the end,
-# where every run has been guided by them.
+BEGUN = 1 / 3  # of the steps, after which the best of more runs go on: on held-out mixtures fits said more there than
+# at the end, where every run has been guided by them
 LEAST_NOISE = 0.063  # of the last step: on held-out mixtures with a voice what came after it took the stems away again
 LABEL_NOISE = (0.2, 0.3, 0.45, 0.67, 1.0)  # levels at which an estimate's class shows, chosen on held-out mixtures
 
@@ -155,9 +154,10 @@ class Separator:
             for its own sampler without a mixing, a sample is the mean of what the sources could still become: nearer to
             the truth on average, and found in half the time. At 0.002, the other samplers', it is a sample, with all
             details.
-        starts: runs that are begun for these samples. Those go on whose estimates, after a third of the steps, fit
-            their classes best, as tagger and classifier hear them; None is twice as many as samples, as many is no
-            choice. Only the default preset's own sampler has more, for sources of two classes at least that both know.
+        starts: runs that are begun; None is as many as samples. Of more those go on whose estimates, after a third of
+            the steps, fit their classes best, as tagger and classifier hear them. Only the default preset's own sampler
+            has such a choice, and only among sounds of two classes at least that both know: beside a voice alone it
+            brought nothing on held-out mixtures.
         combine: how: "wiener" (None; `mixing.combine`, their mean where they agree, filtered where not) or "mean".
         seed: of the noise; the same seed and number type give the same stems, to rounding, on every machine.
         consistent: share the residual out, so that the stems add up to the recording.
@@ -250,7 +250,7 @@ class Separator:
         self._listeners: dict[str, Tagger] = {}  # each is read once
         self._build(JointPrior([]))  # wrong options are refused here, not after minutes of work
         self.samples, self.combine = samples or SAMPLES[preset], combine or "wiener"
-        self.starts = max(self.samples, starts or (STARTS if guided else 1) * self.samples)
+        self.starts = max(self.samples, starts or 1)
         self.rank = (samples or 1) > 1  # the likeliest sample is wanted, too
 
     @classmethod
@@ -702,7 +702,8 @@ class Job:
         self.told = self.separator.told_groups(self.sources)
         steps = len(self.sampler.times)
         self.begun = round(BEGUN * steps)
-        self.starts = self.separator.starts if self.told and self.begun else self.separator.samples
+        sounds = any("classifier" in both.asked(self._names(members)) for members, both in self.told)
+        self.starts = self.separator.starts if sounds and self.begun else self.separator.samples
         if self.sampler.evaluations > steps:
             log.warning(
                 "%s takes up to %d network evaluations per step, forward and backward, where others take one",
@@ -844,8 +845,8 @@ class Job:
         """How well estimates x (B, K, N) fit their own classes, as tagger and classifier hear them, in nats (B,)."""
         fits = torch.zeros(len(x), device=x.device)
         for members, classifier in self.told:
-            names = self.separator.classes_of(self._of(members))
-            fits = fits + classifier.fits(x[:, members].float(), names).diagonal(dim1=-2, dim2=-1).sum(-1)
+            own = classifier.fits(x[:, members].float(), self._names(members)).diagonal(dim1=-2, dim2=-1)
+            fits = fits + own.sum(-1)
         return fits
 
     def _advance(
@@ -910,7 +911,7 @@ class Job:
         """
         classifier = self._classifier_of(members)
         if classifier is not None:
-            return audible(x)[..., None] * classifier.fits(x, self.separator.classes_of(self._of(members)))
+            return audible(x)[..., None] * classifier.fits(x, self._names(members))
         n = len(members)
         # Pair i n + j is estimate i under the class of source j.
         pairs = JointPrior([self.sampler.prior.sources[j] for _ in members for j in members], self.separator.dtype)
@@ -919,6 +920,9 @@ class Job:
 
     def _of(self, members: Sequence[int]) -> list[Source]:
         return [self.sources[k] for k in members]
+
+    def _names(self, members: Sequence[int]) -> list[str]:
+        return self.separator.classes_of(self._of(members))
 
     def _classifier_of(self, members: Sequence[int]) -> Ensemble | None:
         return self.separator.classifier_of(self._of(members))
@@ -1050,7 +1054,7 @@ class Job:
         separator = self.separator
         listeners: dict[str, Tagger] = {}
         for members, classifier in self.told:
-            listeners |= classifier.asked(separator.classes_of(self._of(members)))
+            listeners |= classifier.asked(self._names(members))
         asked = {name: {"name": name, **listener.origin} for name, listener in listeners.items()}
         return {
             "models": {name: {"name": name, **prior.origin} for name, prior in separator.priors.items()},

@@ -42,6 +42,7 @@ RIVALS = {
     "outside the corpus: ": HERE.parent / "outside/results/summary.json",
 }
 EARLIER = {
+    "even-leaks": "a classifier that was trained without faulty masks",
     "even-guidance": "class guidance as far at all noise, no last step by low rank beside a voice",
     "sampled": "sampling to the end, in 24 steps",
     "class-guidance": "class guidance alone",
@@ -77,6 +78,7 @@ def current(found: dict[str, Any]) -> dict[str, Any]:
         "classifiers": {name: digest for name, digest in shipped().items() if sounds > 1 or name == TAGGER},
         "exchange": {"likeness": LIKENESS, "lead": LEAD},
         "guidance": guidance_facts(GUIDANCE),
+        "starts": None,
         "low rank": low_rank_facts(LOW_RANK, sounds),
     }
     ended = math.isclose(found["options"]["noise levels"][-1], LEAST_NOISE)
