@@ -169,14 +169,6 @@ def separate(
             "means, in twice the time.  [default: 0.063 of its own sampler]",
         ),
     ] = None,
-    starts: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Runs begun for these samples, where several classes of sound are asked for; of more than samples "
-            "those go on that fit them best.  [default: as many]",
-        ),
-    ] = None,
     combine: Annotated[
         Combine | None,
         typer.Option(help="Of several samples a stem is the mean, with `wiener` filtered where they disagree."),
@@ -258,7 +250,6 @@ def separate(
             guidance=guidance,
             low_rank=low_rank,
             least_noise=least_noise,
-            starts=starts,
             combine=combine and combine.value,
             seed=seed,
             mixing=mixing and read_mixing(mixing),

@@ -44,7 +44,6 @@ SAMPLERS_OWN = (
     "guidance",
     "low_rank",
     "least_noise",
-    "starts",
     "combine",
     "sampling",
     "mixing",

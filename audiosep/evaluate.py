@@ -49,7 +49,7 @@ from audiosep.lowrank import LAST, UPDATES, VAGUE
 from audiosep.mixing import BANDS, RATE, best_permutation
 from audiosep.progress import Callback
 from audiosep.recipe import build, check_tables
-from audiosep.separator import BEGUN, LEAD, LIKENESS, RANKS, Separates, Separation, mix_seed
+from audiosep.separator import LEAD, LIKENESS, RANKS, Separates, Separation, mix_seed
 
 __all__ = ["MAKERS", "Plan", "Unprocessed", "run", "score"]
 
@@ -154,7 +154,6 @@ def _checkpoints(
     guidance: float | None = None,
     low_rank: float | None = None,
     least_noise: float | None = None,
-    starts: int | None = None,
     combine: str | None = None,
     sampling: Mapping[str, Any] | None = None,
     segment: float | None = None,
@@ -353,13 +352,9 @@ def _trials(plan: Plan, tables: Mapping[str, Any], given: Mapping[str, Separates
             }
             if classifier is not None:
                 sounds = [f"sound {k}" if labels else "sound" for k in range(dataset.n_sound)]
-                asked = classifier.asked(["speech"] * dataset.n_speech + sounds)
-                header["classifiers"] = _hashes(asked)
+                header["classifiers"] = _hashes(classifier.asked(["speech"] * dataset.n_speech + sounds))
                 header["exchange"] = {"likeness": LIKENESS, "lead": LEAD}
                 header["guidance"] = guidance_facts(getattr(separator, "guidance", 0.0))
-                starts = getattr(separator, "starts", 1)
-                if "classifier" in asked and starts > getattr(separator, "samples", 1):
-                    header["starts"] = [starts, BEGUN]
             share = getattr(separator, "low_rank", 0.0)
             if share and dataset.n_sound and labels:
                 header["low rank"] = low_rank_facts(share, dataset.n_sound)

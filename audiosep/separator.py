@@ -18,7 +18,6 @@ import math
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -37,7 +36,7 @@ from audiosep.mixing import best_permutation, combine, permute, project, residua
 from audiosep.operators import Mixing
 from audiosep.prior import JointPrior, Prior
 from audiosep.progress import Callback
-from audiosep.samplers import PRESETS, SAMPLES, Noise, Sampler, State, build
+from audiosep.samplers import PRESETS, SAMPLES, Noise, Sampler, build
 from audiosep.tagger import Ensemble, Tagger
 
 log = logging.getLogger(__name__)
@@ -62,8 +61,6 @@ LEAD = 3.0
 GUIDANCE = 0.55  # step of the class guidance, chosen on held-out mixtures
 LOW_RANK = 0.2  # share of the low-rank guidance, chosen there, too
 RANKS = {"speech": 8}  # of a kind's spectrograms; those of a class of sound are 1
-BEGUN = 1 / 3  # of the steps, after which the best of more runs go on: on held-out mixtures fits said more there than
-# at the end, where every run has been guided by them
 LEAST_NOISE = 0.063  # of the last step: on held-out mixtures with a voice what came after it took the stems away again
 LABEL_NOISE = (0.2, 0.3, 0.45, 0.67, 1.0)  # levels at which an estimate's class shows, chosen on held-out mixtures
 
@@ -154,10 +151,6 @@ class Separator:
             for its own sampler without a mixing, a sample is the mean of what the sources could still become: nearer to
             the truth on average, and found in half the time. At 0.002, the other samplers', it is a sample, with all
             details.
-        starts: runs that are begun; None is as many as samples. Of more those go on whose estimates, after a third of
-            the steps, fit their classes best, as tagger and classifier hear them. Only the default preset's own sampler
-            has such a choice, and only among sounds of two classes at least that both know: beside a voice alone it
-            brought nothing on held-out mixtures.
         combine: how: "wiener" (None; `mixing.combine`, their mean where they agree, filtered where not) or "mean".
         seed: of the noise; the same seed and number type give the same stems, to rounding, on every machine.
         consistent: share the residual out, so that the stems add up to the recording.
@@ -184,7 +177,6 @@ class Separator:
         guidance: float | None = None,
         low_rank: float | None = None,
         least_noise: float | None = None,
-        starts: int | None = None,
         combine: str | None = None,
         seed: int = 0,
         consistent: bool = True,
@@ -210,8 +202,6 @@ class Separator:
             raise UsageError(f"guidance must be at least 0, got {guidance}")
         if low_rank is not None and not 0 <= low_rank <= 1:
             raise UsageError(f"low_rank lies in 0..1, got {low_rank}")
-        if starts is not None and starts < 1:
-            raise UsageError(f"starts must be at least 1, got {starts}")
         if combine not in (None, "wiener", "mean"):
             raise UsageError(f"combine is 'wiener' or 'mean', not {combine!r}")
         self.device = torch.device(device)
@@ -237,8 +227,6 @@ class Separator:
             raise UsageError("guidance by the classifier is for the default preset with its own sampler and no mixing")
         if low_rank and not guided:
             raise UsageError("low-rank guidance is for the default preset with its own sampler and no mixing")
-        if starts is not None and starts > 1 and not guided:
-            raise UsageError("a choice of starts is for the default preset with its own sampler and no mixing")
         self.guidance = float(GUIDANCE if guidance is None else guidance) if guided else 0.0
         self.low_rank = float(LOW_RANK if low_rank is None else low_rank) if guided else 0.0
         self.least_noise = LEAST_NOISE if guided and least_noise is None else least_noise
@@ -250,7 +238,6 @@ class Separator:
         self._listeners: dict[str, Tagger] = {}  # each is read once
         self._build(JointPrior([]))  # wrong options are refused here, not after minutes of work
         self.samples, self.combine = samples or SAMPLES[preset], combine or "wiener"
-        self.starts = max(self.samples, starts or 1)
         self.rank = (samples or 1) > 1  # the likeliest sample is wanted, too
 
     @classmethod
@@ -586,14 +573,9 @@ class Separator:
 
     def guided(self, sources: Sequence[Source]) -> dict[str, float]:
         """The report's part on what guides the sampler to these sources, 0 where it doesn't."""
-        told = bool(self.told_groups(sources))
+        told = any(self.classifier_of([sources[k] for k in group]) for group in self.exchange_groups(sources))
         low = self._low_rank(sources) is not None
         return {"guidance": self.guidance if told else 0.0, "low_rank": self.low_rank if low else 0.0}
-
-    def told_groups(self, sources: Sequence[Source]) -> list[tuple[list[int], Ensemble]]:
-        """Those of `exchange_groups` that tagger and classifier tell apart, and what does."""
-        groups = [(group, self.classifier_of([sources[k] for k in group])) for group in self.exchange_groups(sources)]
-        return [(group, classifier) for group, classifier in groups if classifier is not None]
 
     def _steer(self, sources: Sequence[Source], last: float) -> Callable[[Tensor, float], Tensor] | None:
         """Class guidance of the sources that tagger and classifier tell apart, then low-rank guidance of all.
@@ -601,9 +583,12 @@ class Separator:
         `last` is the noise of the last step.
         """
         low_rank, guides = self._low_rank(sources), []
-        for group, classifier in self.told_groups(sources) if self.guidance else []:
-            guide = ClassGuidance(classifier, self.classes_of([sources[k] for k in group]), self.guidance)
-            guides.append((torch.tensor(group, device=self.device), guide))
+        for group in self.exchange_groups(sources) if self.guidance else []:
+            members = [sources[k] for k in group]
+            classifier = self.classifier_of(members)
+            if classifier is not None:
+                guide = ClassGuidance(classifier, self.classes_of(members), self.guidance)
+                guides.append((torch.tensor(group, device=self.device), guide))
         sounds = [k for k, source in enumerate(sources) if self.priors[source.prior].kind not in RANKS]
         among, index = self._low_rank([sources[k] for k in sounds]), torch.tensor(sounds, device=self.device)
 
@@ -657,8 +642,6 @@ class Piece:
 class Job:
     """One recording on its way through a separator, and what is to be reported of it."""
 
-    begun, starts = 0, 1  # steps after which runs are chosen, and how many there are
-
     def __init__(
         self,
         separator: Separator,
@@ -684,8 +667,7 @@ class Job:
         self.steps = self._prepare()
         self.progress, self.done = progress, 0
         segments = None if frames is None else count_segments(frames, self.segment, self.hop)
-        each = self.starts * self.begun + separator.samples * (self.steps - self.begun)
-        self.total = None if segments is None else segments * each
+        self.total = None if segments is None else segments * self.steps * separator.samples
         self.groups = [group for group in _alike((source.prior, source.label) for source in sources) if len(group) > 1]
         self.aligner = Aligner(self.groups, self.segment - self.hop)
         self.segments = self.frames = self.channels = self.evaluations = 0
@@ -699,11 +681,7 @@ class Job:
         """Make what separates ready; how many steps it takes per sample."""
         self.sampler = self.separator.sampler_for(self.sources)
         self.exchanged = self.separator.exchange_groups(self.sources)
-        self.told = self.separator.told_groups(self.sources)
         steps = len(self.sampler.times)
-        self.begun = round(BEGUN * steps)
-        sounds = any("classifier" in both.asked(self._names(members)) for members, both in self.told)
-        self.starts = self.separator.starts if sounds and self.begun else self.separator.samples
         if self.sampler.evaluations > steps:
             log.warning(
                 "%s takes up to %d network evaluations per step, forward and backward, where others take one",
@@ -802,7 +780,11 @@ class Job:
         gain = separator.gain(rows, self.sources)
         silent = rows.square().flatten(1).mean(1).sqrt().view(gain.shape) < SILENCE
         each = len(rows) // count
-        found = self._runs(rows * gain, count)
+        found = []
+        for sample in range(separator.samples):
+            # The channels of a segment share their noise, so that identical channels give identical stems.
+            seeds = [mix_seed(separator.seed, self.segments + i // each, sample) for i in range(len(rows))]
+            found.append(self._run_sampler(rows * gain, Noise(seeds), count))
         if self.exchanged:
             found = self._by_class(found, each)
         drawn, scores = [], []
@@ -817,51 +799,14 @@ class Job:
             drawn.append(sources.cpu())
         return torch.stack(drawn), torch.stack(scores)
 
-    def _runs(self, y: Tensor, count: int) -> list[Tensor]:
-        """Sources (B, K, N) of as many runs as samples are wanted, for `count` segments' rows y (B, ...).
-
-        Of more that are begun those go on, best first, whose estimates fit their classes best, segment by segment.
-        """
-        samples, each = self.separator.samples, len(y) // count
-        # The channels of a segment share their noise, so that identical channels give identical stems.
-        noises = [
-            Noise([mix_seed(self.separator.seed, self.segments + i // each, start) for i in range(len(y))])
-            for start in range(self.starts)
-        ]
-        if self.starts == samples:
-            return [self._finished(self._advance(y, noise, count)) for noise in noises]
-        states = [self._advance(y, noise, count, steps=self.begun) for noise in noises]
-        fits = torch.stack([self._own_fits(state.denoised) for state in states])  # (starts, B)
-        fits = fits.view(len(states), count, each).sum(-1)
-        order = fits.sort(stable=True, dim=0, descending=True).indices
-        found = []
-        for which in order[:samples].repeat_interleave(each, 1).tolist():
-            state, noise = State.chosen(states, which), Noise.chosen(noises, which)
-            found.append(self._finished(self._advance(y, noise, count, state)))
-        return found
-
-    @torch.no_grad()
-    def _own_fits(self, x: Tensor) -> Tensor:
-        """How well estimates x (B, K, N) fit their own classes, as tagger and classifier hear them, in nats (B,)."""
-        fits = torch.zeros(len(x), device=x.device)
-        for members, classifier in self.told:
-            own = classifier.fits(x[:, members].float(), self._names(members)).diagonal(dim1=-2, dim2=-1)
-            fits = fits + own.sum(-1)
-        return fits
-
-    def _advance(
-        self, y: Tensor, noise: Noise, count: int, start: State | None = None, steps: int | None = None
-    ) -> State:
-        """The sampler's state after so many steps, or all that are left, on from `start` where one is given."""
-        for state in islice(self.sampler(y, noise, start), steps):
+    def _run_sampler(self, y: Tensor, noise: Noise, count: int) -> Tensor:
+        x = y[:, None]
+        for state in self.sampler(y, noise):
+            x = state.x
             self.done += count
             self.evaluations += len(y) * len(self.sources) * self.sampler.passes
             if self.progress is not None:
                 self.progress(self.done, self.total, f"step {state.step}/{state.steps}")
-        return state
-
-    def _finished(self, state: State) -> Tensor:
-        x = state.x
         if not x.isfinite().all():
             raise AudiosepError(
                 f"the networks gave NaN or infinite samples in {str(self.separator.dtype).removeprefix('torch.')}; "
@@ -911,7 +856,7 @@ class Job:
         """
         classifier = self._classifier_of(members)
         if classifier is not None:
-            return audible(x)[..., None] * classifier.fits(x, self._names(members))
+            return audible(x)[..., None] * classifier.fits(x, self.separator.classes_of(self._of(members)))
         n = len(members)
         # Pair i n + j is estimate i under the class of source j.
         pairs = JointPrior([self.sampler.prior.sources[j] for _ in members for j in members], self.separator.dtype)
@@ -920,9 +865,6 @@ class Job:
 
     def _of(self, members: Sequence[int]) -> list[Source]:
         return [self.sources[k] for k in members]
-
-    def _names(self, members: Sequence[int]) -> list[str]:
-        return self.separator.classes_of(self._of(members))
 
     def _classifier_of(self, members: Sequence[int]) -> Ensemble | None:
         return self.separator.classifier_of(self._of(members))
@@ -1053,8 +995,10 @@ class Job:
         """The report's part on what separated."""
         separator = self.separator
         listeners: dict[str, Tagger] = {}
-        for members, classifier in self.told:
-            listeners |= classifier.asked(self._names(members))
+        for members in self.exchanged:
+            classifier = self._classifier_of(members)
+            if classifier is not None:
+                listeners |= classifier.asked(separator.classes_of(self._of(members)))
         asked = {name: {"name": name, **listener.origin} for name, listener in listeners.items()}
         return {
             "models": {name: {"name": name, **prior.origin} for name, prior in separator.priors.items()},
@@ -1064,7 +1008,6 @@ class Job:
                 "preset": separator.preset,
                 "steps": self.steps,
                 "samples": separator.samples,
-                "starts": self.starts,
                 "noise_levels": [self.sampler.ratios[0], self.sampler.ratios[-2]],
                 **separator.guided(self.sources),
                 "combine": separator.combine,

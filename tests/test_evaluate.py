@@ -209,18 +209,6 @@ def test_rows_are_the_guidances_too_where_there_is_any(manifest, tmp_path):
     assert asked == [2, 2, 2, 0]
 
 
-def test_rows_are_the_choice_of_runs_too_where_there_is_one(manifest, tmp_path):
-    asked = []
-    for task, labels in (("2sound", True), ("1speech+2sound", True), ("1speech+1sound", True), ("2sound", False)):
-        for starts in (2, 4):
-            fake = Fake(manifest, task)
-            fake.classifier, fake.samples, fake.starts = ears(), 2, starts
-            summary = run(manifest, fake, task=task, out=tmp_path / f"{task}{labels}", count=2, labels=labels)
-            asked.append(len(fake.asked))
-    assert asked == [2, 2, 2, 2, 2, 0, 2, 0]
-    assert "starts" not in summary
-
-
 def test_rows_are_the_low_ranks_too_where_a_sound_is(manifest, tmp_path):
     asked = []
     cases = (("2sound", True), ("2sound", False), ("2speech", True), ("1speech+1sound", True), ("1speech+2sound", True))

@@ -1,7 +1,6 @@
 """Samplers against the published loop's outputs and against exact Gaussian posteriors."""
 
 import math
-from itertools import islice
 
 import numpy as np
 import pytest
@@ -122,17 +121,6 @@ def test_an_item_is_the_same_alone_and_in_a_batch(gaussian, sampler, preset):
     *_, alone = joint_sampler(y[1:], Noise([8]))
     scale = together.x.abs().max()
     assert torch.allclose(together.x[1], alone.x[0], atol=2e-4 * scale.item())
-
-
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_a_run_goes_on_from_a_state(gaussian, sampler):
-    y, noise = gaussian.mixture, Noise([3])
-    run = build(gaussian.joint, sampler, steps=5)
-    *_, whole = run(y, Noise([3]))
-    (*_, begun) = islice(run(y, noise), 2)
-    *_, rest = run(y, noise, begun)
-    assert rest.step == 5
-    assert torch.equal(rest.x, whole.x)
 
 
 def test_wrong_names_and_numbers_are_refused(gaussian):

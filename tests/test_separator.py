@@ -9,7 +9,6 @@ from audiosep import audio
 from audiosep.errors import AudioError, AudiosepError, UsageError
 from audiosep.lowrank import LAST, LowRank
 from audiosep.prior import Prior
-from audiosep.samplers import Noise
 from audiosep.schedules import ve
 from audiosep.separator import (
     GUIDANCE,
@@ -21,7 +20,6 @@ from audiosep.separator import (
     Separator,
     audible,
     choose_device,
-    mix_seed,
 )
 from audiosep.tagger import Tagger
 
@@ -246,51 +244,6 @@ def test_a_separator_guides_where_the_classifier_knows_the_classes(ears):
     torch.testing.assert_close(moved.sum(1), x.sum(1), atol=1e-5, rtol=0)
     for names in (["Low", "Low"], ["engine", "Low"]):
         assert job_of(known, names, low_rank=0).sampler.steer is None
-
-
-def test_of_the_runs_that_are_begun_the_best_go_on(ears):
-    wave = torch.stack([tone(400, level) + tone(3500, level) + 0.01 * torch.randn(16000) for level in (0.1, 0.05)])
-    job = job_of({"sound": ("sound", ("Low", "High"))}, ["Low", "High"], steps=6, samples=2, starts=5, segment=1.0)
-    assert (job.begun, job.starts) == (2, 5)
-    heard = []
-    job._own_fits = lambda x: (
-        heard.append(x) or torch.tensor([[3.0, 1], [2, 5], [7, 0], [1, 4], [9, 9]][len(heard) - 1])
-    )
-    found = job._runs(wave, 2)
-    assert job.evaluations == 2 * 2 * (5 * 2 + 2 * 4)
-    # Each segment has its own choice: its runs are those that are finished alone.
-    for row, best in enumerate(((4, 2), (4, 1))):
-        for x, start in zip(found, best):
-            noise = Noise([mix_seed(0, k, start) for k in range(2)])
-            *_, alone = job.sampler(wave, noise)
-            torch.testing.assert_close(x[row], alone.x[row], atol=1e-6, rtol=0)
-    # The channels of a segment are chosen together: 3 + 1, 2 + 5, 7 + 0, 1 + 4, 9 + 9.
-    heard.clear()
-    for x, start in zip(job._runs(wave, 1), (4, 1)):
-        *_, alone = job.sampler(wave, Noise([mix_seed(0, 0, start)] * 2))
-        torch.testing.assert_close(x, alone.x, atol=1e-6, rtol=0)
-
-
-def test_fits_of_its_own_classes_choose_a_run(ears):
-    job = job_of({"sound": ("sound", ("Low", "High"))}, ["Low", "High"])
-    right = torch.stack((tone(400), tone(3500)))[None]
-    both = (0.5 * right.sum(1, keepdim=True)).expand(-1, 2, -1)
-    fits = [job._own_fits(x).item() for x in (right, both, right.flip(1))]
-    assert fits[0] > fits[1] + 5 > fits[2] + 10
-
-
-def test_there_is_no_choice_of_runs_where_no_class_is_told(ears):
-    for names, starts, more in ((["Low", "Low"], 6, 2), (["Low", "High"], None, 2), (["Low", "High"], 6, 6)):
-        report = banded(steps=3, starts=starts)((tone(400) + tone(3500))[None], 16000, names).report
-        assert (report["sampler"]["starts"], report["sampler"]["samples"]) == (more, 2)
-        assert report["network_evaluations"] == 2 * (more * 1 + 2 * 2)
-    voiced = job_of(VOICE_AND_SOUND, ["speech", "High"], starts=6)  # one class of sound
-    assert (voiced.starts, voiced.told != []) == (2, True)
-    assert banded(steps=3, samples=2, starts=1).starts == 2
-    with pytest.raises(UsageError, match="starts must be at least 1, got 0"):
-        banded(starts=0)
-    with pytest.raises(UsageError, match="choice of starts is for the default preset"):
-        banded(preset="published", starts=4)
 
 
 def test_a_separator_guides_by_low_rank_where_a_sound_is():

@@ -19,8 +19,7 @@ B items, K sources, N samples.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -53,16 +52,6 @@ class State:
     guidance: Tensor | None
     gradient: Tensor | None = None
 
-    @classmethod
-    def chosen(cls, states: Sequence[State], which: Sequence[int]) -> State:
-        """States of one step, of whose B items item b is that of states[which[b]]."""
-
-        def picked(values: Sequence[Any]) -> Any:
-            return None if values[0] is None else torch.stack([values[k][b] for b, k in enumerate(which)])
-
-        names = ("x_t", "x", "denoised", "guidance", "gradient")
-        return replace(states[0], **{name: picked([getattr(state, name) for state in states]) for name in names})
-
 
 class Noise:
     """White noise with a generator per item, so that an item is the same alone and in any batch.
@@ -78,13 +67,6 @@ class Noise:
         shape = (rows, like.shape[-1])
         noise = torch.stack([torch.randn(shape, generator=g) for g in self.generators])
         return noise.to(like, non_blocking=True)
-
-    @classmethod
-    def chosen(cls, noises: Sequence[Noise], which: Sequence[int]) -> Noise:
-        """Noise whose item b goes on with that of item b of noises[which[b]]."""
-        noise = cls([])
-        noise.generators = [noises[k].generators[b] for b, k in enumerate(which)]
-        return noise
 
 
 class OneNoise(Noise):
@@ -150,12 +132,11 @@ class Sampler:
         """Network evaluations per source and run, at most; a forward and its backward pass count as one."""
         return len(self.times)
 
-    def __call__(self, y: Tensor, noise: Noise, state: State | None = None) -> Iterator[State]:
-        """Run the loop on mixtures y (B, N), yielding every state; on from `state`, where one is given."""
-        x = self.start(y, noise) if state is None else state.x
-        before = None if state is None else state.denoised
-        done = 0 if state is None else state.step
-        for i, t in enumerate(self.times[done:], done):
+    def __call__(self, y: Tensor, noise: Noise) -> Iterator[State]:
+        """Run the loop on mixtures y (B, N), yielding every state."""
+        x = self.start(y, noise)
+        before: Tensor | None = None
+        for i, t in enumerate(self.times):
             x_t = x.detach().requires_grad_(self.needs_gradient)
             with torch.set_grad_enabled(self.needs_gradient):
                 denoised = self.denoise(x_t, y, i)

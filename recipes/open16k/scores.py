@@ -78,7 +78,6 @@ def current(found: dict[str, Any]) -> dict[str, Any]:
         "classifiers": {name: digest for name, digest in shipped().items() if sounds > 1 or name == TAGGER},
         "exchange": {"likeness": LIKENESS, "lead": LEAD},
         "guidance": guidance_facts(GUIDANCE),
-        "starts": None,
         "low rank": low_rank_facts(LOW_RANK, sounds),
     }
     ended = math.isclose(found["options"]["noise levels"][-1], LEAST_NOISE)
