@@ -42,6 +42,7 @@ TABLES = ("prior", "backbone", "schedule", "data", "train", "probe", "card")
 TAGGER_TABLES = ("tagger", "data", "train", "probe", "card")
 EXPERT_TABLES = ("expert", "network", "data", "train", "probe", "card")
 MANIFEST = ("manifest", "root", "kind", "least")  # keys of [data] that are not SourceDataset's
+SHARES = ("alone", "masked")  # what [tagger] says of `TaggedMixtures`
 TAGGED_TASKS = ("1speech", "1sound", "2speech", "1speech+1sound", "2sound", "1speech+2sound", "3sound")
 FOREVER = 2**40  # windows of a run whose budget is time
 
@@ -140,7 +141,7 @@ def _fit_tagger(tables: Mapping[str, Any], out: Path, **how: Any) -> dict[str, A
     torch.manual_seed(options.seed)
     table = dict(tables["tagger"])
     prior, tasks = hub.load_prior(table.pop("of", "sound")), table.pop("tasks", TAGGED_TASKS)
-    shares = {name: table.pop(name, 0.0) for name in ("alone", "masked")}
+    shares = {name: table.pop(name, 0.0) for name in SHARES}
     start = table.pop("start", None)
     tagger = build(Tagger, table, "tagger", classes=prior.classes, sample_rate=prior.sample_rate)
     started = _started(start)

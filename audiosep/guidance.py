@@ -30,7 +30,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from audiosep.mixing import around, grid
+from audiosep.mixing import grid, log_power
 from audiosep.stft import istft, stft
 from audiosep.tagger import Ensemble, Tagger
 
@@ -64,10 +64,8 @@ class ClassGuidance:
 
     def _stepped(self, x: Tensor, step: float) -> Tensor:
         total = stft(x.sum(1, keepdim=True), self.n_fft, self.hop_length)
-        power = around(stft(x, self.n_fft, self.hop_length).abs().square(), 3, 3)
-        floor = 1e-6 * power.amax((1, 2, 3), keepdim=True) + torch.finfo(power.dtype).tiny
-        log = (power + floor).log()
-        rows, columns = self._nodes(x, *log.shape[-2:])
+        log = log_power(stft(x, self.n_fft, self.hop_length), 3)
+        rows, columns = grid(self.classifier.sample_rate, log.shape[-2], log.shape[-1], x.shape[-1], x.device)
 
         def moved(field: Tensor) -> Tensor:
             change = (log + rows @ field @ columns.T).softmax(1) - log.softmax(1)
@@ -83,7 +81,3 @@ class ClassGuidance:
         """J of estimates (B, K, N), in nats (B,)."""
         fits = self.classifier.fits(x, self.names, sure=math.inf)
         return (self.weights * fits).sum((1, 2))
-
-    def _nodes(self, x: Tensor, bins: int, frames: int) -> tuple[Tensor, Tensor]:
-        """Weights of linear interpolation from nodes to bins and to frames."""
-        return grid(self.classifier.sample_rate, bins, frames, x.shape[-1], x.device)

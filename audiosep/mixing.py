@@ -141,6 +141,12 @@ def _hats(position: Tensor, nodes: int) -> Tensor:
     return (1 - (position[:, None] * (nodes - 1) - torch.arange(nodes, device=position.device)).abs()).clamp(min=0)
 
 
+def log_power(bins: Tensor, size: int) -> Tensor:
+    """log of the sources' power (..., K, F, M) over size x size bins around each, above 60 dB under their loudest."""
+    power = around(bins.abs().square(), size, size)
+    return (power + 1e-6 * power.amax((-3, -2, -1), keepdim=True) + torch.finfo(power.dtype).tiny).log()
+
+
 def around(power: Tensor, rows: int, columns: int) -> Tensor:
     """Means (..., F, M) over rows bins by columns frames, odd numbers, fewer at the edges."""
     flat, half = power.flatten(0, -3).unsqueeze(1), (rows // 2, columns // 2)

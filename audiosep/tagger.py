@@ -33,7 +33,7 @@ from torch.utils.data import Dataset
 
 from audiosep.data import MixtureDataset
 from audiosep.errors import UsageError
-from audiosep.mixing import BANDS, around, grid
+from audiosep.mixing import BANDS, grid, log_power
 from audiosep.stft import istft, stft
 
 __all__ = ["COUNTS", "Ensemble", "TaggedMixtures", "Tagger", "leaked"]
@@ -274,11 +274,12 @@ class TaggedMixtures(Dataset[dict[str, Tensor]]):
         kept = int(rng.random() * len(item["names"]))
         if self.masked and rng.random() < self.masked:
             stem = masked(item["sources"], kept, dataset.sample_rate, rng)
-            return {"mixture": stem, "tags": self.tags([item["names"][kept]])}
-        faint, fainter = FAINT
-        gains = torch.tensor([10 ** (-(faint + (fainter - faint) * rng.random()) / 20) for _ in item["names"]])
-        gains[kept] = 1.0
-        return {"mixture": gains @ item["sources"], "tags": self.tags([item["names"][kept]])}
+        else:
+            faint, fainter = FAINT
+            gains = torch.tensor([10 ** (-(faint + (fainter - faint) * rng.random()) / 20) for _ in item["names"]])
+            gains[kept] = 1.0
+            stem = gains @ item["sources"]
+        return {"mixture": stem, "tags": self.tags([item["names"][kept]])}
 
     def tags(self, names: Sequence[str]) -> Tensor:
         """(L,) ones for the sources of a mixture, "speech" or a class each; a class that has no label is a sound."""
@@ -305,9 +306,7 @@ def masked(sources: Tensor, kept: int, sample_rate: int, rng: np.random.Generato
     """
     n_fft, hop_length = 1024, 256
     spectra = stft(sources, n_fft, hop_length)
-    size = int(rng.choice(SEEN))
-    power = around(spectra.abs().square(), size, size)
-    log = (power + 1e-6 * power.amax() + torch.finfo(power.dtype).tiny).log()
+    log = log_power(spectra, int(rng.choice(SEEN)))
     rows, columns = grid(sample_rate, log.shape[-2], log.shape[-1], sources.shape[-1])
     errors = rng.random() * ERRORS * rng.standard_normal((len(sources), BANDS, columns.shape[-1]))
     errors += rng.standard_normal((len(sources), 1, 1))

@@ -4,7 +4,7 @@ import torch
 
 from audiosep.guidance import LARGEST, ClassGuidance
 from audiosep.metrics import si_sdr
-from audiosep.mixing import BANDS, _hats
+from audiosep.mixing import BANDS, _hats, grid
 from audiosep.prior import GaussianPrior, JointPrior
 from audiosep.samplers import Noise, build
 from audiosep.schedules import ve
@@ -71,7 +71,7 @@ def test_the_sum_stays_and_items_are_alike_alone_and_in_a_batch(tagger):
         torch.testing.assert_close(guide(x, 1.0), moved, atol=1e-5, rtol=0)
 
 
-def test_a_field_has_the_rms_asked_for_and_is_cut_off(tagger):
+def test_a_field_has_the_rms_asked_for_and_is_cut_off(tagger, monkeypatch):
     guide = ClassGuidance(tagger, ["Bark", "Bell"], 0.1)
     x = torch.randn(1, 2, 32000, generator=torch.Generator().manual_seed(0)) * 0.1
 
@@ -86,14 +86,14 @@ def test_a_field_has_the_rms_asked_for_and_is_cut_off(tagger):
         return x + istft(change * spectrum(x.sum(1, keepdim=True)), guide.n_fft, guide.hop_length, 32000)
 
     # One node of weight one everywhere: a field is a number for each source. What one gains the other loses.
-    guide._nodes = lambda *_: (torch.ones(513, 1), torch.ones(126, 1))
+    monkeypatch.setattr("audiosep.guidance.grid", lambda *_: (torch.ones(513, 1), torch.ones(126, 1)))
     guide.objective = lambda x: x[:, 0].square().sum(-1)
     field = torch.tensor([0.1, -0.1])[None, :, None, None]
     torch.testing.assert_close(guide(x, 1.0), expected(field), atol=1e-5, rtol=0)
     # At less noise the step is shorter.
     torch.testing.assert_close(guide(x, 0.09), expected(0.3 * field), atol=1e-5, rtol=0)
     # Of 26 nodes, each of one bin of one frame, one has the whole gradient: five times the rms.
-    guide._nodes = lambda *_: (torch.eye(513)[:, ::20], torch.eye(126)[:, 60:61])
+    monkeypatch.setattr("audiosep.guidance.grid", lambda *_: (torch.eye(513)[:, ::20], torch.eye(126)[:, 60:61]))
     guide.objective = lambda x: spectrum(x)[:, 0, 80, 60].abs().square()
     one = (torch.arange(513) == 80)[:, None] & (torch.arange(126) == 60)
     moved = spectrum(guide(x, 1.0) - x)[0, 0, 80, 60]
@@ -101,9 +101,8 @@ def test_a_field_has_the_rms_asked_for_and_is_cut_off(tagger):
     torch.testing.assert_close(moved, most, atol=0.02 * float(most.abs()), rtol=0)
 
 
-def test_nodes_are_even_in_mel_and_in_time(tagger):
-    guide = ClassGuidance(tagger, ["Bark", "Bell"], 0.1)
-    rows, columns = guide._nodes(torch.zeros(1, 2, 32000), 513, 126)
+def test_nodes_are_even_in_mel_and_in_time():
+    rows, columns = grid(16000, 513, 126, 32000)
     hertz = 700 * ((1 + 8000 / 700) ** (torch.arange(BANDS) / (BANDS - 1)) - 1)
     assert (rows.argmax(0) * 8000 / 512 - hertz).abs().max() < 8000 / 512
     assert columns.argmax(0).tolist() in ([0, 31, 62, 94, 125], [0, 31, 63, 94, 125])

@@ -488,7 +488,7 @@ def test_the_taggers_recipes_build(name):
     tables = recipe.load(RECIPES / f"open16k/{name}.toml")
     recipe.check_tables(tables, fit.TAGGER_TABLES)
     recipe.build(train.Options, tables["train"], "train")
-    own = {key: value for key, value in tables["tagger"].items() if key not in ("of", "tasks", "alone", "masked")}
+    own = {key: value for key, value in tables["tagger"].items() if key not in ("of", "tasks", *fit.SHARES)}
     tagger = recipe.build(Tagger, own, "tagger", classes=["a", "b"])
     assert sum(p.numel() for p in tagger.parameters()) < 1.5e6
     shipped = hub.load_model(name)

@@ -39,10 +39,10 @@ def scores(fits: Tensor) -> tuple[float, float]:
     return (own > fits)[others].float().mean().item(), float(order == list(range(len(fits))))
 
 
-def faulty(item: dict[str, Any], seed: int) -> Tensor:
+def faulty(item: dict[str, Any], sample_rate: int, seed: int) -> Tensor:
     """The stems (K, N) of a mixture as faulty masks leave them."""
     rng = np.random.default_rng([7, seed])
-    return torch.stack([masked(item["sources"], k, 16000, rng) for k in range(len(item["names"]))])
+    return torch.stack([masked(item["sources"], k, sample_rate, rng) for k in range(len(item["names"]))])
 
 
 @torch.no_grad()
@@ -66,7 +66,7 @@ def main() -> None:
             found: dict[str, list[tuple[float, float]]] = {}
             for i in range(options.count):
                 item = mixtures[i]
-                stems = (faulty(item, i) if faint is None else leaked(item, faint))[None]
+                stems = (faulty(item, mixtures.sample_rate, i) if faint is None else leaked(item, faint))[None]
                 for name, network in networks.items():
                     found.setdefault(name, []).append(scores(network.fits(stems, item["names"])[0]))
             for name, values in found.items():
