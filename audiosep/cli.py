@@ -352,10 +352,23 @@ def evaluate(
             _refuse_both(recipe is not None, "a recipe", True, "--estimates")
             from audiosep import stems
 
-            wanted: dict[str, Any] = {"evaluate": {}}
+            wanted: dict[str, Any] = {"evaluate": {"metrics": ()}}
             for setting in settings or []:
                 override(wanted, setting)
-            more = wanted["evaluate"].get("metrics", ())
+            beside: dict[str, Any] = {
+                "--task": task,
+                "--count": count,
+                "--seed": seed,
+                "--length": length,
+                "--manifest": manifest,
+            }
+            beside |= {"--sampler": sampler, "--steps": steps, "--samples": samples}
+            for name, value in beside.items():
+                _refuse_both(value is not None, name, True, "--estimates")
+            _refuse_both(model != DEFAULT_MODELS, "-n", True, "--estimates")
+            more = wanted["evaluate"].pop("metrics")
+            if wanted != {"evaluate": {}}:
+                raise UsageError("with --estimates, --set takes evaluate.metrics alone")
             with shown:
                 scored = stems.run(estimates, references, out, more, shown.file(estimates.name))
             _show_summaries(scored, {}, as_json)
@@ -397,7 +410,10 @@ def _show_summaries(summaries: list[dict[str, Any]], published: dict[str, Any], 
 
     from audiosep import results
 
-    Console().print(results.table(summaries, published))
+    console = Console()
+    console.print(results.table(summaries, published))
+    for note in results.notes(summaries, published):
+        console.print(note, markup=False)
 
 
 @app.command()

@@ -262,7 +262,7 @@ def active_spans(wave: Wave, sample_rate: int) -> list[tuple[int, int]]:
 def parse_task(task: str) -> tuple[int, int]:
     """How many sources of speech and of sound: "1speech+2sound" is (1, 2)."""
     counts = {"speech": 0, "sound": 0}
-    for part in task.replace(" ", "").lower().split("+"):
+    for part in str(task).replace(" ", "").lower().split("+"):
         match = re.fullmatch(r"([1-9]\d*)?(speech|sound)s?", part)
         if match is None:
             raise UsageError(f"a task is like 1speech+1sound, 2sound or 2speech, got {task!r}")

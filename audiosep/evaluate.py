@@ -102,10 +102,17 @@ class Plan:
             parse_task(task)
         if self.count < 1:
             raise UsageError(f"count is at least 1, got {self.count}")
-        unknown = [name for name in self.metrics if name not in metrics.METRICS or name == "si_sdr"]
-        if unknown:
-            known = ", ".join(name for name in metrics.METRICS if name != "si_sdr")
-            raise UsageError(f"metrics beside SI-SDR are {known}; got {', '.join(unknown)}")
+        check_metrics(self.metrics)
+
+
+def check_metrics(names: Any) -> None:
+    """UsageError for what isn't a list of scores beside SI-SDR."""
+    known = [name for name in metrics.METRICS if name != "si_sdr"]
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise UsageError(f'metrics is a list such as ["{known[0]}"], got {names!r}')
+    unknown = [str(name) for name in names if name not in known]
+    if unknown:
+        raise UsageError(f"metrics beside SI-SDR are {', '.join(known)}; got {', '.join(unknown)}")
 
 
 class Unprocessed:
@@ -227,6 +234,8 @@ def run(
 ) -> list[dict[str, Any]]:
     """Separate and score what a recipe asks for, and return one summary per separator and task.
 
+    Of several processes the first one summarises, when the others have done their shares; these return nothing.
+
     Args:
         tables: the recipe, see the module's text.
         out: folder for `rows.jsonl`, `stems`, and the summary as JSON, Markdown, CSV and a page; None keeps nothing.
@@ -262,6 +271,8 @@ def run(
             trial.failed[index] = str(error)
         if file is not None:
             _append(file, row)
+    if distributed.rank() > 0:
+        return []
     if file is not None:
         _wait(file, trials)
     for trial in trials:
@@ -269,7 +280,7 @@ def run(
             raise AudiosepError(f"{trial.name} failed on every mixture: {next(iter(trial.failed.values()))}")
     scored = [({**trial.header, "errors": trial.errors}, trial.ordered) for trial in trials if trial.rows]
     summaries = results.summarise(scored)
-    if out is not None and distributed.rank() == 0:
+    if out is not None:
         rows = {(header["separator"], header["task"]): found for header, found in scored}
         results.write(Path(out), summaries, rows, published, _examples(plan, trials))
     return summaries
@@ -312,11 +323,16 @@ def low_rank_facts(share: float, sounds: int) -> dict[str, Any]:
 
 
 def _trials(plan: Plan, tables: Mapping[str, Any], given: Mapping[str, Separates], out: Path | None) -> list[Trial]:
-    made = {name: found for name, table in tables.items() if (found := _make(name, table)) is not None}
+    asked = {name: table for name, table in tables.items() if set(_tasks(name, table, plan)) & set(plan.tasks)}
+    if len(asked) < len(tables):
+        log.warning("left out, being for other tasks: %s", ", ".join(name for name in tables if name not in asked))
+    made = {name: found for name, table in asked.items() if (found := _make(name, table)) is not None}
     separators = {**{name: separator for name, (separator, _) in made.items()}, **given}
     if not separators:
-        raise UsageError("no separator to evaluate: the recipe has no table [separators.NAME]")
-    _check_names(plan, tables, separators)
+        raise UsageError("no separator to evaluate: the recipe has no table [separators.NAME] for these tasks")
+    unknown = set(plan.page or ()) - set(separators) - set(tables)
+    if unknown:
+        raise UsageError(f"page names separators that the recipe hasn't: {', '.join(sorted(unknown))}")
     rates = {name: separator.sample_rate for name, separator in separators.items()}
     if len(set(rates.values())) > 1:
         raise UsageError(f"separators that are compared must share a sample rate, got {rates}")
@@ -350,6 +366,9 @@ def _trials(plan: Plan, tables: Mapping[str, Any], given: Mapping[str, Separates
                 "weights": _hashes(getattr(separator, "priors", {})),
                 "items": dataset.fingerprint(),
             }
+            own_seed = getattr(separator, "seed", 0)
+            if own_seed:
+                header["separator's seed"] = own_seed
             if classifier is not None:
                 sounds = [f"sound {k}" if labels else "sound" for k in range(dataset.n_sound)]
                 header["classifiers"] = _hashes(classifier.asked(["speech"] * dataset.n_speech + sounds))
@@ -359,31 +378,36 @@ def _trials(plan: Plan, tables: Mapping[str, Any], given: Mapping[str, Separates
             if share and dataset.n_sound and labels:
                 header["low rank"] = low_rank_facts(share, dataset.n_sound)
             stems = out / "stems" if out is not None and plan.stems else None
-            seed = mix_seed(plan.seed, getattr(separator, "seed", 0))
+            seed = mix_seed(plan.seed, own_seed)
             trials.append(Trial(name, separator, dataset, labels, plan.metrics, header, seed, stems))
     return trials
 
 
-def _check_names(plan: Plan, tables: Mapping[str, Any], separators: Mapping[str, Separates]) -> None:
-    """UsageError for a task or a separator that is asked for and isn't there: nothing is silently left out."""
-    for name, table in tables.items():
-        tasks = table.get("tasks", plan.tasks)
-        # Of a recipe's tasks some may be run alone.
-        if isinstance(tasks, str) or not set(tasks) & set(plan.tasks):
-            raise UsageError(f"separators.{name}.tasks is a list of some of {list(plan.tasks)}, got {tasks!r}")
-        for task in tasks:
-            parse_task(task)
-    unknown = set(plan.page or ()) - set(separators) - set(tables)
-    if unknown:
-        raise UsageError(f"page names separators that the recipe hasn't: {', '.join(sorted(unknown))}")
+def _tasks(name: str, table: Any, plan: Plan) -> Sequence[str]:
+    """The tasks that a separator of the recipe is for."""
+    if not isinstance(table, Mapping):
+        raise UsageError(f"[separators.{name}] is a table, got {table!r}")
+    tasks: Any = table.get("tasks", plan.tasks)
+    if isinstance(tasks, str) or not isinstance(tasks, Sequence):
+        raise UsageError(f'separators.{name}.tasks is a list such as ["2sound"], got {tasks!r}')
+    for task in tasks:
+        parse_task(task)
+    count = table.get("count", 1)
+    if type(count) is not int or count < 1:
+        raise UsageError(f"separators.{name}.count is a whole number of mixtures, got {count!r}")
+    return tasks
 
 
 def _check_published(published: Mapping[str, Any], plan: Plan) -> None:
     for name, table in published.items():
+        if not isinstance(table, Mapping):
+            raise UsageError(f"[published.{name}] is a table, got {table!r}")
         for task, row in table.items():
             if task == "note":
                 continue
             parse_task(task)
+            if not isinstance(row, Mapping):
+                raise UsageError(f"published.{name}.{task} is a table of columns, got {row!r}")
             unknown = set(row) - set(results.COLUMNS)
             if unknown:
                 raise UsageError(f"published.{name}.{task}: no column {', '.join(sorted(unknown))}")
@@ -395,10 +419,8 @@ def _asked_classes(plan: Plan) -> list[str] | None:
     return [name.casefold() for name in hub.read_config(hub.find(plan.classes)).get("classes", [])]
 
 
-def _make(name: str, table: Any) -> tuple[Separates, dict[str, Any]] | None:
+def _make(name: str, table: Mapping[str, Any]) -> tuple[Separates, dict[str, Any]] | None:
     """A separator and its table; None for an optional one whose checkpoint isn't there."""
-    if not isinstance(table, Mapping):
-        raise UsageError(f"[separators.{name}] is a table, got {table!r}")
     options = dict(table)
     kind, optional = options.pop("type", "checkpoints"), options.pop("optional", False)
     if kind not in MAKERS:
@@ -433,10 +455,19 @@ def _hashes(models: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _todo(trials: Sequence[Trial]) -> Iterator[tuple[int, int, Trial, int]]:
-    """(done, in all, trial, mixture): this process's share of what has no row yet."""
+    """(done, in all, trial, mixture): this process's share of what has no row yet.
+
+    What failed before is tried again by the first process, which so need not guess whose failures are old.
+    """
     # Shared out before looking at what is done: what another process has done meanwhile must not move the shares.
-    share = distributed.shard([(trial, index) for trial in trials for index in range(len(trial.dataset))])
-    todo = [(trial, index) for trial, index in share if index not in trial.rows]
+    every = [(trial, index) for trial in trials for index in range(len(trial.dataset))]
+    share = {(trial.key, index) for trial, index in distributed.shard(every)}
+    first = distributed.rank() == 0
+    todo = []
+    for trial, index in every:
+        mine = first if index in trial.failed else (trial.key, index) in share
+        if mine and index not in trial.rows:
+            todo.append((trial, index))
     for done, (trial, index) in enumerate(todo):
         yield done, len(todo), trial, index
 
@@ -446,15 +477,27 @@ def _estimates(trial: Trial, item: Mapping[str, Any], index: int) -> tuple[Tenso
     names, separator = item["names"], trial.separator
     asked = [name if trial.labels or name == "speech" else "sound" for name in names]
     more = {"references": item["sources"]} if trial.header["oracle"] else {}
-    if hasattr(separator, "seed"):
-        separator.seed = mix_seed(trial.seed, index)
-    result = separator(item["mixture"][None], separator.sample_rate, sources=asked, **more)
+    with _seeded(separator, mix_seed(trial.seed, index)):
+        result = separator(item["mixture"][None], separator.sample_rate, sources=asked, **more)
     stems = [torch.as_tensor(stem)[0].cpu() for stem in result.sources.values()]
     if len(stems) != len(names):
         raise UsageError(f"asked for {len(names)} sources, got {len(stems)}")
     if len({len(stem) for stem in stems}) > 1:
         raise UsageError(f"stems differ in length: {[len(stem) for stem in stems]} samples")
     return torch.stack(stems), result.report
+
+
+@contextlib.contextmanager
+def _seeded(separator: Separates, seed: int) -> Iterator[None]:
+    """Another seed for a while, where it takes one: its own says to whom the rows belong."""
+    if not hasattr(separator, "seed"):
+        yield
+        return
+    own, separator.seed = separator.seed, seed
+    try:
+        yield
+    finally:
+        separator.seed = own
 
 
 def _row(trial: Trial, index: int) -> dict[str, Any]:
@@ -581,7 +624,7 @@ def _append(path: Path, row: Mapping[str, Any]) -> None:
 
 def _wait(path: Path, trials: Sequence[Trial]) -> None:
     """The first of several processes waits for the others' rows; a launcher ends it when one of them fails."""
-    while distributed.world_size() > 1 and distributed.rank() == 0 and any(trial.missing for trial in trials):
+    while any(trial.missing for trial in trials):
         time.sleep(0.5)
         _read(path, trials)
 

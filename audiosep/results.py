@@ -21,7 +21,7 @@ from torch import Tensor
 from audiosep import metrics, report
 from audiosep.errors import UsageError
 
-__all__ = ["Example", "csv_text", "markdown", "summarise", "table", "write"]
+__all__ = ["Example", "csv_text", "markdown", "notes", "summarise", "table", "write"]
 
 Row = Mapping[str, Any]
 Summary = dict[str, Any]
@@ -44,6 +44,7 @@ COLUMNS = {
     "si_sdri_permuted": ("SI-SDRi permuted", "{:.2f}"),
     "success_permuted": ("of successes", "{:.2f}"),
     "failure_rate_permuted": ("fails", "{:.1%}"),
+    "failure_rate_permuted_interval": ("95 %", "{}"),
     "sdr": ("SDR", "{:.2f}"),
     "pesq": ("PESQ-WB", "{:.2f}"),
     "estoi": ("ESTOI", "{:.3f}"),
@@ -106,6 +107,7 @@ def _summary(header: Mapping[str, Any], rows: Sequence[Row]) -> Summary:
         "mixture_si_sdr": _statistics(mixture),
         "si_sdri_permuted": _statistics(permuted - mixture),
         "failure_rate_permuted": metrics.failure_rate(permuted),
+        "failure_rate_permuted_interval": list(metrics.bootstrap_interval(permuted < 0)),
         "success_permuted": _statistics(permuted[permuted >= 0]),
         "si_sdr_by_kind": {kind: float(np.mean(values)) for kind, values in by_kind.items() if values},
         "evaluations": _mean([row.get("evaluations") for row in rows]),
@@ -113,12 +115,13 @@ def _summary(header: Mapping[str, Any], rows: Sequence[Row]) -> Summary:
         "real_time_factor": seconds / header["segment"] if seconds is not None else None,
         "memory_gib": max((row["memory_gib"] for row in rows if row.get("memory_gib") is not None), default=None),
     }
-    if all("si_sdr" in row for row in rows):  # stems of unknown names have no fixed order
+    ordered = all("si_sdr" in row for row in rows)  # stems of unknown names have no fixed order
+    if ordered:
         fixed = _means(rows, "si_sdr")
         summary["si_sdri"], summary["failure_rate"] = _statistics(fixed - mixture), metrics.failure_rate(fixed)
         summary["success"] = _statistics(fixed[fixed >= 0])
     for score in SCORES:
-        if any(score in row for row in rows):
+        if ordered if score == "si_sdr" else any(score in row for row in rows):
             values = _means(rows, score)
             summary[score] = _statistics(values[~np.isnan(values)])
             summary.setdefault("unscored", {})[score] = int(np.isnan(values).sum())
@@ -166,7 +169,8 @@ def table(summaries: Sequence[Summary], published: Mapping[str, Any] | None = No
     header, *rows = _cells(summaries, published or {}, TERMINAL)
     shown = Table(box=rich.box.SIMPLE, padding=(0, 1, 0, 0))
     for name in header:
-        shown.add_column(name, justify="left" if name in ("task", "separator") else "right", overflow="fold")
+        left = name in ("task", "separator")
+        shown.add_column(name, justify="left" if left else "right", overflow="fold", no_wrap=name == "task")
     for row in rows:
         shown.add_row(*row)
     return shown
@@ -175,24 +179,24 @@ def table(summaries: Sequence[Summary], published: Mapping[str, Any] | None = No
 def markdown(summaries: Sequence[Summary], published: Mapping[str, Any] | None = None) -> str:
     """The same table as Markdown, and below it the paired differences."""
     lines = _markdown(_cells(summaries, published or {}))
-    lines += [line for note in _notes(summaries, published or {}) for line in ("", note)]
+    lines += [line for note in notes(summaries, published or {}) for line in ("", note)]
     compared = _differences(summaries)
     if len(compared) > 1:
         lines += ["", *_markdown(compared)]
     return "\n".join(lines)
 
 
-def _notes(summaries: Sequence[Summary], published: Mapping[str, Any]) -> list[str]:
+def notes(summaries: Sequence[Summary], published: Mapping[str, Any]) -> list[str]:
     """What a table's numbers leave out: mixtures without a score, failed ones, how published figures differ."""
-    notes = [f"{name} (published): {rows['note']}" for name, rows in published.items() if "note" in rows]
+    found = [f"{name} (published): {rows['note']}" for name, rows in published.items() if "note" in rows]
     for summary in summaries:
         where = f"{summary['separator']}, {summary['task']}"
         if summary.get("errors"):
-            notes.append(f"{where}: {summary['errors']} mixtures could not be separated and are left out.")
+            found.append(f"{where}: {summary['errors']} mixtures could not be separated and are left out.")
         for score, count in summary.get("unscored", {}).items():
             if summary.get(score) and count:
-                notes.append(f"{where}: {count} mixtures have no {COLUMNS[score][0]} and are left out of it.")
-    return notes
+                found.append(f"{where}: {count} mixtures have no {COLUMNS[score][0]} and are left out of it.")
+    return found
 
 
 def _markdown(cells: Sequence[Sequence[str]]) -> list[str]:
@@ -227,12 +231,20 @@ def _flat(summaries: Sequence[Summary], published: Mapping[str, Any]) -> list[di
     return rows
 
 
+def _shown(summary: Summary) -> str:
+    """A separator's name as every table and plot has it."""
+    return summary["separator"] + (" (oracle)" if summary["oracle"] else "")
+
+
 def _flat_row(summary: Summary) -> dict[str, Any]:
-    name = summary["separator"] + (" (oracle)" if summary["oracle"] else "")
-    flat: dict[str, Any] = {"task": summary["task"], "separator": name}
+    flat: dict[str, Any] = {"task": summary["task"], "separator": _shown(summary)}
     for key in COLUMNS:
         value = summary.get(key)
-        if isinstance(value, dict):
+        if isinstance(value, list):
+            low, high = value
+            flat[key] = f"{100 * low:.1f} to {100 * high:.1f}%"
+            flat[key.replace("interval", "low")], flat[key.replace("interval", "high")] = low, high
+        elif isinstance(value, dict):
             flat[key], flat[f"{key}_median"] = value["mean"], value["median"]
             flat[f"{key}_low"], flat[f"{key}_high"] = value["interval"]
             flat[f"{key}_interval"] = "{:.2f} to {:.2f}".format(*value["interval"])
@@ -258,8 +270,11 @@ def _differences(summaries: Sequence[Summary]) -> list[list[str]]:
         found = summary.get("difference", {})
         if not found.get("count"):
             continue
-        line = [summary["task"], summary["separator"], found["to"], str(found["count"])]
+        line = [summary["task"], _shown(summary), found["to"], str(found["count"])]
         for score in ("si_sdr", "si_sdr_permuted"):
+            if score not in found:
+                line += ["-", "-"]
+                continue
             mean, (low, high) = found[score]["mean"], found[score]["interval"]
             line += [f"{mean:+.2f}", f"{low:+.2f} to {high:+.2f}"]
         lines.append(line)
@@ -289,7 +304,7 @@ def write(
     for s in summaries:
         weights[s["separator"]] = weights.get(s["separator"], {}) | s["weights"] | s.get("classifiers", {})
     facts["weights"] = {name: found for name, found in weights.items() if found}
-    facts["left out"] = _notes(summaries, published)
+    facts["left out"] = notes(summaries, published)
     if not tracks:
         facts["players"] = "none: the stems were not kept"
     report.write_page(
@@ -321,10 +336,10 @@ def _plots(summaries: Sequence[Summary], rows: Mapping[tuple[str, str], Sequence
             values = _means(rows.get((summary["separator"], task), []), "si_sdr_permuted")
             if summary["task"] != task or not values.size:
                 continue
-            curves[summary["separator"]] = (values[None] <= GRID[:, None]).mean(1)
+            curves[_shown(summary)] = (values[None] <= GRID[:, None]).mean(1)
             mean, count = summary["si_sdr_permuted"]["mean"], summary["evaluations"]
             # Empty where there is none, so that a separator has one colour in both plots.
-            points[summary["separator"]] = np.array([[np.log10(count), mean]]) if count else np.zeros((0, 2))
+            points[_shown(summary)] = np.array([[np.log10(count), mean]]) if count else np.zeros((0, 2))
         title = f"{task}: share of mixtures at or below an SI-SDR (best order)"
         plots.append(report.Plot(title, curves, "dB", GRID[-1], x_start=GRID[0]))
         places = np.concatenate([*points.values(), np.zeros((0, 2))])[:, 0]

@@ -8,6 +8,7 @@ same names with the stems. Where the stems have the references' names, all but o
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,10 +20,12 @@ from torch import Tensor
 
 from audiosep import audio, report, results
 from audiosep.errors import UsageError
-from audiosep.evaluate import score, score_one
+from audiosep.evaluate import SPEECH_ONLY, check_metrics, score, score_one
 from audiosep.progress import Callback
 
 __all__ = ["run", "score_folders"]
+
+log = logging.getLogger("audiosep.stems")
 
 # What separators write beside the stems.
 BESIDE = ("mixture", "mix", "residual")
@@ -45,8 +48,11 @@ def run(
         progress: called with (items done, items in all, item).
 
     Raises:
-        UsageError: as `score_folders`.
+        UsageError: as `score_folders`; `out` holds the rows of an evaluation.
     """
+    check_metrics(metrics)
+    if out is not None:
+        _check_folder(Path(out))
     name = Path(estimates).resolve().name
     rows = score_folders(estimates, references, metrics, progress)
     tasks = {task: [row for row in rows if row["task"] == task] for task in sorted({row["task"] for row in rows})}
@@ -93,7 +99,24 @@ def score_folders(
         rows.append({"index": index, **_row(estimates / folder.relative_to(references), folder, metrics)})
     if progress is not None:
         progress(len(items), len(items), "scored")
+    for metric in metrics:
+        if metric in SPEECH_ONLY and not any("speech" in row["names"] for row in rows):
+            log.warning("%s left out: it is of speech, and no source is called speech or speech_1", metric.upper())
+    by_name = sum(row["labels"] for row in rows)
+    if 0 < by_name < len(rows):
+        log.warning(
+            "stems of %d of %d items have other names than their references: tables give the best order only",
+            len(rows) - by_name,
+            len(rows),
+        )
     return rows
+
+
+def _check_folder(out: Path) -> None:
+    """UsageError where rows are that weren't made here: those of an evaluation took hours."""
+    file = out / "rows.jsonl"
+    if file.exists() and any('"run":' in line for line in file.read_text(encoding="utf-8").splitlines()):
+        raise UsageError(f"{file}: holds the rows of an evaluation; choose another folder")
 
 
 def _row(estimates: Path, references: Path, metrics: Sequence[str]) -> dict[str, Any]:

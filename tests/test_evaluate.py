@@ -230,12 +230,15 @@ def test_processes_share_the_mixtures(manifest, tmp_path, monkeypatch, world):
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("WORLD_SIZE", str(world))
         fake = Fake(manifest, "1speech+1sound")
-        summary = run(manifest, fake, count=5, out=tmp_path)
+        summaries = evaluate.run(tables(manifest, count=5), tmp_path, separators={"fake": fake})
+        assert len(summaries) == (rank == 0)  # the first tells what all have done
         asked.append(len(fake.asked))
         if world > 1:
             with pytest.raises(UsageError, match="name one with -o"):
                 run(manifest, fake)
     assert sum(asked) == 5
+    (summary,) = summaries
+    assert summary["count"] == 5
     rows = sorted(json.loads(line)["index"] for line in (tmp_path / "rows.jsonl").read_text().splitlines())
     assert rows == [0, 1, 2, 3, 4]
     assert summary["si_sdr"]["mean"] == pytest.approx(20, abs=0.2)
@@ -269,6 +272,23 @@ def test_a_mixture_that_fails_is_named_counted_and_tried_again(manifest, tmp_pat
         run(manifest, Broken(manifest, "1speech+1sound"))
 
 
+def test_processes_agree_on_what_failed(manifest, tmp_path, monkeypatch):
+    """With two processes: what failed before is mended, and one that fails at all of its own share is no failure."""
+
+    def two(kind, *ranks, **how):
+        for rank in ranks:
+            monkeypatch.setenv("RANK", str(rank))
+            monkeypatch.setenv("WORLD_SIZE", "2")
+            separators = {"fake": kind(manifest, "1speech+1sound", **how)}
+            found = evaluate.run(tables(manifest), tmp_path, separators=separators)
+        return found
+
+    (summary,) = two(Broken, 1, 0, broken=(1, 3))  # all that the second process has
+    assert (summary["count"], summary["errors"]) == (2, 2)
+    (summary,) = two(Fake, 0)  # need not wait for the other, whatever that does
+    assert (summary["count"], summary["errors"]) == (4, 0)
+
+
 def test_an_oracle_is_given_the_references_and_marked(manifest):
     class Oracle(Fake):
         oracle = True
@@ -279,7 +299,10 @@ def test_an_oracle_is_given_the_references_and_marked(manifest):
 
     summary = run(manifest, Oracle(manifest, "1speech+1sound"))
     assert summary["si_sdr"]["mean"] == 100
-    assert "| fake (oracle) |" in results.markdown([summary])
+    other = run(manifest, Fake(manifest, "1speech+1sound"))
+    both = [other, {**summary, "difference": {**dict.fromkeys(("si_sdr", "si_sdr_permuted"), summary["si_sdr"])}}]
+    both[1]["difference"] |= {"to": "fake", "count": 4}
+    assert results.markdown(both).count("| fake (oracle) |") == 2  # among the paired differences, too
 
 
 def test_an_ideal_mask_is_an_oracle(manifest):
@@ -384,15 +407,33 @@ def test_what_a_recipe_gets_wrong(manifest):
     refused("metrics beside SI-SDR are sdr, pesq, estoi; got stoi", metrics=["stoi"])
     refused("count is at least 1", count=0)
     refused("needs 3 speakers", tasks=["3speech"])
-    refused("a.tasks is a list of some of", separators={"a": {"type": "unprocessed", "tasks": ["2speech"]}})
+    refused("a.tasks is a list such as", separators={"a": {"type": "unprocessed", "tasks": "1speech+1sound"}})
+    refused("for these tasks", separators={"a": {"type": "unprocessed", "tasks": ["2speech"]}})
+    refused("a task is like .* got 3", tasks=[3])
+    refused("a.count is a whole number", separators={"a": {"type": "unprocessed", "count": "two"}})
+    refused(r"\[separators.a\] is a table", separators={"a": 3})
     refused("2dogs", separators={"a": {"type": "unprocessed", "tasks": ["1speech+1sound", "2dogs"]}})
     refused("page names separators that the recipe hasn't: b", page=["b"])
     recipe = tables(manifest)
     recipe["separators"] = {"a": {"type": "unprocessed", "tasks": ["1speech+1sound", "2speech"]}}
     assert [summary["task"] for summary in evaluate.run(recipe)] == ["1speech+1sound"]
-    recipe = tables(manifest, published={"paper": {"1speech+1sound": {"sisdr": 3.0}}})
-    with pytest.raises(UsageError, match=r"paper\.1speech\+1sound: no column sisdr"):
-        evaluate.run(recipe)
+    for published, match in (
+        ({"paper": {"1speech+1sound": {"sisdr": 3.0}}}, r"paper\.1speech\+1sound: no column sisdr"),
+        ({"paper": 3}, r"\[published.paper\] is a table, got 3"),
+        ({"paper": {"2speech": 3}}, r"paper.2speech is a table of columns, got 3"),
+    ):
+        with pytest.raises(UsageError, match=match):
+            evaluate.run(tables(manifest, published=published))
+
+
+def test_a_separator_of_other_tasks_is_left_out(manifest, caplog):
+    recipe = tables(manifest)
+    recipe["separators"] = {
+        "a": {"type": "unprocessed"},
+        "b": {"models": "./nowhere", "tasks": ["2speech"]},  # nor is it loaded
+    }
+    assert [summary["separator"] for summary in evaluate.run(recipe)] == ["a"]
+    assert "left out, being for other tasks: b" in caplog.text
 
 
 def test_pesq_and_estoi_are_of_speech(manifest, monkeypatch):
@@ -447,8 +488,11 @@ def test_the_real_separator(manifest, tmp_path, monkeypatch):
     assert (default["evaluations"], late["evaluations"]) == (6 + 4 * len(LABEL_NOISE), 9)
     assert default["weights"]["speech"]
     assert np.isfinite(default["si_sdr"]["mean"])
-    again = evaluate.run(recipe)
+    again = evaluate.run(recipe, tmp_path / "seeds")
     assert again[0]["si_sdr"] == default["si_sdr"]  # the noise follows from the seed
+    recipe["separators"]["default"]["seed"] = 1
+    assert evaluate.run(recipe, tmp_path / "seeds")[0]["si_sdr"] != default["si_sdr"]  # and from the separator's own
+    del recipe["separators"]["default"]["seed"]
     recipe["evaluate"]["seed"] = 1
     assert evaluate.run(recipe)[0]["si_sdr"] != default["si_sdr"]
     recipe["separators"]["late"]["sampling"] = {"flor": 0.1}

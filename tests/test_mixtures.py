@@ -167,8 +167,47 @@ def test_the_command_writes_rows_tables_and_a_page(stems, capsys):
     assert summary["sdr"]["mean"] == pytest.approx(expected, abs=0.01)
     assert run("evaluate", "--estimates", stems / "made") == 2
     assert "go together" in capsys.readouterr().err
-    assert run("evaluate", "recipe.toml", *folders) == 2
-    assert "exclude each other" in capsys.readouterr().err
+    for more, match in (
+        (["recipe.toml"], "a recipe and --estimates exclude each other"),
+        (["--count", 3], "--count and --estimates exclude each other"),
+        (["-n", "speech"], "-n and --estimates exclude each other"),
+        (["--set", "evaluate.cuont=3"], "--set takes evaluate.metrics alone"),
+        (["--set", 'evaluate.metrics=["stoi"]'], "metrics beside SI-SDR are sdr, pesq, estoi; got stoi"),
+        (["--set", "evaluate.metrics=sdr"], "metrics is a list such as"),
+    ):
+        assert run("evaluate", *more, *folders) == 2
+        assert match in " ".join(capsys.readouterr().err.split())
+
+
+def test_rows_of_an_evaluation_are_not_written_over(stems):
+    file = stems / "rows.jsonl"
+    file.write_text('{"run": "1234", "index": 0}\n')
+    with pytest.raises(UsageError, match=r"rows.jsonl: holds the rows of an evaluation; choose another folder"):
+        score_stems(stems / "made", stems / "true", stems)
+    assert file.read_text() == '{"run": "1234", "index": 0}\n'
+    out = stems / "scores"
+    score_stems(stems / "made", stems / "true", out)
+    score_stems(stems / "made", stems / "true", out)  # its own are
+
+
+def test_names_in_some_items_only_fix_no_order(stems, caplog):
+    for folder in ("true", "made"):
+        shutil.copytree(stems / folder / "0000", stems / folder / "0001")
+    for name in ("Speech", "bark"):
+        (stems / f"made/0001/{name}.wav").rename(stems / f"made/0001/x{name}.wav")
+    (summary,) = score_stems(stems / "made", stems / "true", metrics=["sdr"])
+    assert "stems of 1 of 2 items have other names" in caplog.text
+    assert summary["count"] == 2
+    assert "si_sdr" not in summary
+    assert summary["sdr"]["mean"] > 5
+
+
+def test_a_score_of_speech_without_speech_is_named(stems, caplog):
+    for folder, names in (("true", ("speech", "bark")), ("made", ("Speech", "bark"))):
+        for k, name in enumerate(names):
+            (stems / folder / f"0000/{name}.wav").rename(stems / folder / f"0000/s{k}.wav")
+    score_folders(stems / "made", stems / "true", ["estoi"])
+    assert "ESTOI left out: it is of speech, and no source is called speech" in caplog.text
 
 
 def test_two_of_one_kind_are_one_task(manifest, tmp_path):

@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import inspect
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -515,6 +516,29 @@ def test_recipes_of_evaluations_name_what_is_there(path, gaussian):
             options = {key: table[key] for key in ("sampler", "preset", "steps") if key in table}
             build_sampler(gaussian.joint, **options, **separator.sampler_options(table.get("sampling", {})))
     evaluate._check_published(tables.get("published", {}), plan)
+
+
+@pytest.mark.parametrize(
+    ("path", "task"), [(path, task) for path, tables in MEASURED.items() for task in tables["evaluate"]["tasks"]]
+)
+def test_each_task_of_an_evaluation_can_be_run_alone(path, task):
+    """With `--task`: separators of other tasks are left out, and some are left."""
+    tables = MEASURED[path]
+    plan = recipe.build(evaluate.Plan, {**tables["evaluate"], "tasks": [task]}, "evaluate")
+    assert any(task in evaluate._tasks(name, table, plan) for name, table in tables["separators"].items())
+
+
+def test_rivals_to_be_trained_are_looked_for_where_their_commands_put_them():
+    folder = RECIPES / "unasdiff"
+    texts = "\n".join(path.read_text(encoding="utf-8") for path in (folder / "rivals.md", *folder.glob("*.toml")))
+    made = {re.sub(r"-\d?(speech|sound).*", "", name) for name in re.findall(r"-o (runs/[\w+-]+)", texts)}
+    for path in folder.glob("table*.toml"):
+        for table in recipe.load(path)["separators"].values():
+            models = table.get("models", "")
+            if "runs" in models:
+                # "./": no name on the Hub, where a stranger's "runs/ct-2sound" would be another network.
+                assert models.startswith("./runs/")
+                assert re.sub(r"-\d?(speech|sound).*", "", models.removeprefix("./")) in made
 
 
 def test_the_numbers_in_the_readme_are_those_of_the_files():
