@@ -12,6 +12,7 @@ K sources, N samples, S steps.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +30,10 @@ from audiosep.separator import Separator
 
 __all__ = ["SAMPLERS", "Trace", "run", "trace"]
 
+log = logging.getLogger("audiosep.diagnose")
+
 SAMPLERS = ("dps", "dsg", "hybrid")
+LEFT = 0.1  # of the mixture, beyond rounding and lossy formats: references that are not its sources
 SHOWN = 5  # states of a trajectory that the page plays
 
 
@@ -116,7 +120,7 @@ def run(
         The page's path.
 
     Raises:
-        UsageError: another number of references than of sources, or of another length than the mixture.
+        UsageError: another number of references than of sources, of another length than the mixture, or silent.
     """
     first = next(iter(separators.values()))
     names = first.source_names(sources)
@@ -127,7 +131,12 @@ def run(
     for path, wave in zip(references, truth):
         if wave.shape != y.shape:
             raise UsageError(f"{path} holds {len(wave) / rate:.3f} s, the mixture {len(y) / rate:.3f} s")
+        if not (wave - wave.mean()).any():
+            raise UsageError(f"{path} is silent in its first {len(wave) / rate:.3f} s: no ratio is defined against it")
     clean = torch.stack(truth)
+    left = (y - clean.sum(0)).square().mean().sqrt() / y.square().mean().sqrt()
+    if left > LEFT:
+        log.warning("the references leave %.0f %% of the mixture (RMS): are all of its sources there?", 100 * left)
     traces = {}
     for name, separator in separators.items():
         gain = separator.gain(y[None], separator.resolve(sources))[0]

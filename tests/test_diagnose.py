@@ -56,7 +56,7 @@ def separators():
     return {name: Separator(priors, preset="published", sampler=name, steps=3) for name in ("dps", "dsg", "hybrid")}
 
 
-def test_the_files(separators, tmp_path):
+def test_the_files(separators, tmp_path, caplog):
     rng = np.random.default_rng(0)
     waves = rng.normal(0, 0.05, (2, 8000))
     for name, wave in (("mix", waves.sum(0)), ("a", waves[0]), ("b", waves[1])):
@@ -75,6 +75,12 @@ def test_the_files(separators, tmp_path):
     assert dsg["strength"][-1] == 0  # the last step of DSG has no noise and no guidance
     assert hybrid["strength"][-1] == pytest.approx(0.002, rel=0.2)
     assert all(a >= b for a, b in zip(hybrid["strength"], dsg["strength"]))
+    soundfile.write(tmp_path / "quiet.wav", np.zeros(8000), 16000)
+    with pytest.raises(UsageError, match=r"quiet.wav is silent in its first 0.500 s"):
+        diagnose.run(separators, paths[0], [tmp_path / "a.wav", tmp_path / "quiet.wav"], tmp_path)
+    assert "leave" not in caplog.text
+    diagnose.run({"dps": separators["dps"]}, paths[0], [tmp_path / "a.wav"] * 2, tmp_path / "other")
+    assert "the references leave 1" in caplog.text  # sqrt(2) times each: a + a instead of a + b
     with pytest.raises(UsageError, match="need as many references, got 1"):
         diagnose.run(separators, paths[0], paths[1][:1], tmp_path)
     soundfile.write(tmp_path / "a.wav", waves[0][:4000], 16000)

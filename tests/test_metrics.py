@@ -115,6 +115,8 @@ def test_pesq():
     clean = buzz()
     noise = 0.1 * torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
     assert metrics.pesq(clean, clean) > metrics.pesq(clean + noise, clean)
+    wide, narrow = (metrics.pesq(clean + noise, clean, mode=mode) for mode in ("wb", "nb"))
+    assert metrics.pesq(clean + noise, clean) == wide != narrow
 
 
 def test_pesq_says_what_it_needs(monkeypatch):

@@ -32,6 +32,20 @@ def test_published_preset_reproduces_the_published_loop(gaussian, sampler, name,
     assert compared == (6 if last == 0 else 5)
 
 
+@pytest.mark.parametrize(("count", "share", "left"), [(2, 0.5, 0.0), (3, 0.5, -0.5), (3, 1 / 3, 0.0)])
+def test_analytical_sampling_shares_the_residual(gaussian, count, share, left):
+    """Two rounds of 1/2 for two sources: x_k + (y - sum x)/2. For three they overshoot by half, thirds don't."""
+    sampler = build(gaussian.joint, "analytical", "published", share=share, corrections=1 if count == 3 else 2)
+    generator = torch.Generator().manual_seed(0)
+    x, x_t = torch.randn(2, 2, count, 50, generator=generator)
+    x_t = x if count == 3 else x_t  # one round is of the states before the step
+    y = torch.randn(2, 50, generator=generator)
+    moved = x + sampler.guide(x, x_t, x, y, 0)
+    residual = y - x.sum(1)
+    assert torch.allclose(y - moved.sum(1), left * residual, atol=1e-5)
+    assert torch.allclose(moved - x, (1 - left) / count * residual[:, None].expand_as(x), atol=1e-5)
+
+
 def draw(gaussian, runs, **options):
     """Samples (runs, 2, N) and the evaluations of a run."""
     sampler = build(gaussian.joint, **options)

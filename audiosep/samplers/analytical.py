@@ -20,7 +20,12 @@ from audiosep.samplers.base import Sampler
 
 
 class Analytical(Sampler):
-    """`corrections` rounds of adding a share of the residual to every source."""
+    """`corrections` rounds of adding a share of the residual to every source.
+
+    Args:
+        share: of the residual, what a source gets in a round. With 1/2, UnDiff's, two rounds make two sources add up to
+            the mixture exactly; three get more than is left. `1 / K` makes any K add up in one round.
+    """
 
     def __init__(
         self,
