@@ -165,14 +165,20 @@ def _statistics(values: np.ndarray) -> dict[str, Any] | None:
 
 
 def table(summaries: Sequence[Summary], published: Mapping[str, Any] | None = None) -> Table:
-    """A table for the terminal, one row per summary; the files hold more columns."""
+    """A table for the terminal, the tasks below each other; the files hold more columns."""
     header, *rows = _cells(summaries, published or {}, TERMINAL)
-    shown = Table(box=rich.box.SIMPLE, padding=(0, 1, 0, 0))
-    for name in header:
-        left = name in ("task", "separator")
-        shown.add_column(name, justify="left" if left else "right", overflow="fold", no_wrap=name == "task")
-    for row in rows:
-        shown.add_row(*row)
+    shown = Table(box=rich.box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
+    for name in header[1:]:
+        left = name == "separator"
+        # In narrow terminals names break at spaces before anything else does.
+        width = max(len(word) for row in rows for cell in row[:2] for word in cell.split()) if left else None
+        shown.add_column(name, justify="left" if left else "right", overflow="fold", min_width=width)
+    for task in dict.fromkeys(row[0] for row in rows):
+        shown.add_section()
+        shown.add_row(task, style="bold")
+        for row in rows:
+            if row[0] == task:
+                shown.add_row(*row[1:])
     return shown
 
 
