@@ -6,7 +6,9 @@ What stands between `<!-- NAME -->` and `<!-- /NAME -->` is replaced by the tabl
   (`../unasdiff/results/rivals/summary.json`), and both outside the corpus (`../outside/results/summary.json`).
 - differences: what it has over earlier defaults, paired (`results/earlier/differences.jsonl`, by `compare.py`).
 - example: the recording of the first minute (`../example/result.json`).
-- samplers, in ../unasdiff/README.md: all samplers with the shipped priors (`../unasdiff/results/table2`).
+- published: the default beside the paper's sampler.
+- methods and samplers, in ../unasdiff/README.md: Table 2 with the shipped priors (`../unasdiff/results/table2`) and
+  what is shipped beside them (`../unasdiff/results/rivals`).
 
 Run: python recipes/open16k/scores.py
 """
@@ -16,13 +18,14 @@ from __future__ import annotations
 import functools
 import json
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from audiosep import hub
+from audiosep import hub, recipe, results
 from audiosep.data import parse_task
 from audiosep.evaluate import guidance_facts, low_rank_facts
 from audiosep.metrics import paired_interval
@@ -150,38 +153,97 @@ def example() -> str:
     return table(["stem of the example", "SI-SDR before, dB", "after"], rows)
 
 
-def samplers() -> str:
-    """The table `samplers`: those of Table 2 on 1 speech + 1 sound, best first."""
-    folder = HERE.parent / "unasdiff/results/table2/1speech+1sound"
-    measured = sorted(summaries(folder / "summary.json"), key=lambda row: -row["si_sdr"]["mean"])
-    count = min(row["count"] for row in measured)  # of some more has been done
-    found: dict[str, dict[int, float]] = {}
-    for line in (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        if row["index"] < count:
-            found.setdefault(row["separator"], {})[row["index"]] = float(np.mean(row["si_sdr"]))
-    head = ["1 speech + 1 sound", "mixtures", "labels fixed", "default has more", "more than hybrid, published"]
+@functools.cache
+def measured(task: str) -> dict[str, dict[str, Any]]:
+    """Summaries of Table 2's methods on a task, best first, over the mixtures that all samplers have; none is {}.
+
+    Samplers are in `results/table2/TASK`, and some have done more; what is shipped beside them is in `results/rivals`.
+    """
+    folder = HERE.parent / f"unasdiff/results/table2/{task}"
+    if not folder.exists():
+        return {}
+    headers = {row["separator"]: row for row in summaries(folder / "summary.json")}
+    count = min(row["count"] for row in headers.values())
+    rivals = RIVALS[""]
+    headers |= {row["separator"]: row for row in summaries(rivals) if row["task"] == task}
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for file in (folder / "rows.jsonl", rivals.with_name("rows.jsonl")):
+        for row in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
+            if row["task"] == task and row["index"] < count:
+                rows.setdefault(row["separator"], []).append(row)
+    found = results.summarise([(header, rows[name]) for name, header in headers.items()])
+    for summary in found:
+        summary["rows"] = {row["index"]: row for row in rows[summary["separator"]]}
+    return {row["separator"]: row for row in sorted(found, key=lambda row: -row["si_sdr_permuted"]["mean"])}
+
+
+def methods() -> str:
+    """The table `methods`: Table 2 as the paper has it, in the best order, and the paper's own figures."""
+    tasks = {task: measured(task) for task in TASKS if measured(task)}
+    head = ["best order", *(f"{TASKS[task]}, {next(iter(found.values()))['count']}" for task, found in tasks.items())]
+    names = dict.fromkeys(name for found in tasks.values() for name in found)
     rows = []
-    for row in measured:
-        own = found[row["separator"]]
-        paired = [_more(found["default"], own), _more(own, found["hybrid, published"])]
-        cost = [f"{row['pesq']['mean']:.2f}", f"{row['evaluations']:.0f}", number(row["seconds"])]
-        rows.append([row["separator"], str(row["count"]), with_interval(row["si_sdr"]), *paired, *cost])
-    return table([*head, "PESQ-WB", "evaluations", "s"], rows)
+    for name in names:
+        own = [found.get(name) for found in tasks.values()]
+        oracle = " (oracle)" if any(row and row["oracle"] for row in own) else ""
+        rows.append([name + oracle, *("" if row is None else with_interval(row["si_sdr_permuted"]) for row in own)])
+    published = recipe.load(HERE.parent / "unasdiff/table2.toml")["published"]
+    for name, own in published.items():
+        cells = (own.get(task, {}).get("si_sdr_permuted") for task in tasks)
+        rows.append([f"{name} (published)", *("" if cell is None else number(cell) for cell in cells)])
+    return table(head, rows)
 
 
-def _more(scores: dict[int, float], others: dict[int, float]) -> str:
+def samplers() -> str:
+    """The tables `samplers`: those of Table 2 task by task."""
+    return "\n\n".join(_samplers(task) for task in TASKS if measured(task))
+
+
+def _samplers(task: str) -> str:
+    found = {name: row for name, row in measured(task).items() if row["evaluations"] and row["evaluations"] > 1}
+    score, what = ("si_sdr_permuted", "best order") if task == "2speech" else ("si_sdr", "labels fixed")
+    head = [TASKS[task], "mixtures", what, "default has more", "more than hybrid, published", "fails, best order"]
+    voice = "speech" in task
+    rows = []
+    for name, row in found.items():
+        paired = [_more(found["default"], row, score), _more(row, found["hybrid, published"], score)]
+        cost = [f"{100 * row['failure_rate_permuted']:.0f} %"]
+        cost += [f"{row['pesq']['mean']:.2f}"] if voice else []
+        cost += [f"{row['evaluations']:.0f}", f"{_seconds(row):.0f}"]
+        rows.append([name, str(row["count"]), with_interval(row[score]), *paired, *cost])
+    return table([*head, *(["PESQ-WB"] if voice else []), "evaluations", "s, median"], rows)
+
+
+def published() -> str:
+    """The sentence `published`: the default beside the paper's sampler, both with the shipped priors."""
+    found = measured("1speech+1sound")
+    default, alone, paper = (found[name] for name in ("default", "default, priors alone", "hybrid, published"))
+    text = (
+        f"- With the same priors, on the first {default['count']} mixtures of 1 speech + 1 sound, default has "
+        f"{_more(default, paper, 'si_sdr')} dB more than the paper's sampler (`--preset published`), "
+        f"{_more(alone, paper, 'si_sdr')} dB of that without any guidance, and takes {_seconds(default):.0f} s a "
+        f"mixture in place of {_seconds(paper):.0f} ([all samplers](recipes/unasdiff/README.md#measured-so-far))."
+    )
+    return textwrap.fill(text, 118, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+
+
+def _seconds(found: dict[str, Any]) -> float:
+    """Of a mixture, the median: other work on the machine made some slow."""
+    return float(np.median([row["seconds"] for row in found["rows"].values()]))
+
+
+def _more(one: dict[str, Any], other: dict[str, Any], score: str) -> str:
     """The mean of paired differences and its interval."""
-    if scores is others:
+    if one is other:
         return ""
-    both = [np.array([one[i] for i in sorted(one)]) for one in (scores, others)]
+    both = [np.array([np.mean(row[score]) for _, row in sorted(found["rows"].items())]) for found in (one, other)]
     low, high = paired_interval(*both)
     return with_interval({"mean": float((both[0] - both[1]).mean()), "interval": (low, high)})
 
 
 TABLES = {
-    README: {"scores": scores, "differences": differences, "example": example},
-    HERE.parent / "unasdiff/README.md": {"samplers": samplers},
+    README: {"scores": scores, "differences": differences, "published": published, "example": example},
+    HERE.parent / "unasdiff/README.md": {"methods": methods, "samplers": samplers},
 }
 
 
