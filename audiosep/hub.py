@@ -14,6 +14,7 @@ import json
 import os
 import pickle
 import re
+import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -74,6 +75,8 @@ _PACKAGE = Path(__file__).resolve().parent
 # In a wheel the checkpoints lie within the package, in a source checkout beside it.
 _SHELVES = (_PACKAGE / "checkpoints", _PACKAGE.parent / "checkpoints")
 _HUB_NAME = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?", re.ASCII)
+
+_SHIPPED_RATE = 16000  # of the shipped priors, in Hz; only priors of one rate separate together
 
 # The published sound model's labels 0..40 (FSD-Kaggle2018); rows 41..49 of its table are unused.
 FSD_LABELS = (
@@ -645,7 +648,7 @@ def _card(config: Mapping[str, Any], card: Mapping[str, Any]) -> str:
         _table([{"": key, "value": value} for key, value in facts.items()]),
     ]
     if config["kind"] != "tagger":
-        blocks.append("## Use\n\n```\naudiosep separate mix.wav -n FOLDER_OR_NAME\n```")
+        blocks.append(f"## Use\n\n```\n{_use(config)}\n```")
     for heading, content in (
         ("Data", config["data"]),
         ("Training", config["training"]),
@@ -657,6 +660,19 @@ def _card(config: Mapping[str, Any], card: Mapping[str, Any]) -> str:
         if content:
             blocks.append(f"## {heading}\n\n{_markdown(content)}")
     return "\n\n".join(blocks) + "\n"
+
+
+def _use(config: Mapping[str, Any]) -> str:
+    """The command that separates with a checkpoint: a prior needs another one, of what else is in the mixture."""
+    command = "audiosep separate mix.wav -n"
+    if "model" in config:
+        return f"{command} FOLDER_OR_NAME"
+    if config["kind"] not in ("speech", "sound") or config["sample_rate"] != _SHIPPED_RATE:
+        return f"{command} FOLDER_OR_NAME,OTHER_PRIOR"
+    if config["kind"] == "speech":
+        return f"{command} FOLDER_OR_NAME,sound"
+    example = f" -s speech,{shlex.quote(config['classes'][0])}" if config["classes"] else ""
+    return f"{command} speech,FOLDER_OR_NAME{example}"
 
 
 def _markdown(content: Any) -> str:

@@ -3,14 +3,17 @@
 import json
 import pickle
 import re
+import shlex
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from safetensors.torch import load_file, save_file
 
 from audiosep import hub
 from audiosep.backbones.triple_path_unet import TriplePathUNet
+from audiosep.cli import main
 from audiosep.errors import ModelError
 from audiosep.prior import Prior
 from audiosep.schedules import vp_linear
@@ -115,6 +118,30 @@ def test_the_card_has_front_matter_metrics_and_attribution(folder):
     assert "Thanks to **nobody**." in card.text
     assert "- from nothing" in card.text
     assert "Bark, Door" in card.text
+
+
+@pytest.mark.parametrize(("kind", "classes"), [("speech", ()), ("sound", ()), ("sound", ("Door bell", "Rain"))])
+def test_the_command_of_a_priors_card_separates(kind, classes, tiny_prior, tmp_path, monkeypatch, capsys):
+    assert {hub.read_config(hub.find(name))["sample_rate"] for name in ("speech", "sound")} == {hub._SHIPPED_RATE}
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hub, "_SHELVES", (tmp_path / "shelf",))  # tiny ones are quicker
+    for other in ("speech", "sound"):
+        hub.save_prior(tiny_prior(kind=other), tmp_path / "shelf" / other, CARD)
+    hub.save_prior(tiny_prior(len(classes), kind, classes=classes), "./mine", CARD)
+    soundfile.write("mix.wav", 0.1 * np.random.default_rng(0).standard_normal(3200), 16000)
+    (line,) = re.findall(r"^audiosep separate .*", (tmp_path / "mine/README.md").read_text(), re.MULTILINE)
+    with pytest.raises(SystemExit) as ended:
+        main(shlex.split(line.replace("FOLDER_OR_NAME", "./mine"))[1:])
+    assert ended.value.code == 0, capsys.readouterr().err
+    found = {path.stem for path in tmp_path.glob("separated/*/mix/*.wav")}
+    # Without a label a stem is called as its prior is.
+    assert found == {"speech": {"mine", "sound"}, "sound": {"speech", classes[0].lower() if classes else "mine"}}[kind]
+
+
+def test_the_card_of_another_rate_or_kind_asks_for_another_prior(folder, tmp_path, tiny_prior):
+    other = hub.save_prior(tiny_prior(kind="machine"), tmp_path / "machine", CARD)
+    for where in (folder, other):
+        assert "audiosep separate mix.wav -n FOLDER_OR_NAME,OTHER_PRIOR\n" in (where / "README.md").read_text()
 
 
 def test_a_checkpoint_is_replaced_another_folder_is_not(folder, tmp_path):
