@@ -1,6 +1,7 @@
 """Push and download with the real client, against a stand-in for the Hub's HTTP interface on this machine."""
 
 import base64
+import functools
 import hashlib
 import json
 import os
@@ -12,6 +13,8 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+import torch
+from safetensors.torch import save
 
 from audiosep import hub
 
@@ -27,7 +30,8 @@ class StandIn(ThreadingHTTPServer):
         self.commits = {}  # repo -> [(commit, {path: bytes})], the last one is main
         self.objects = {}  # sha256 -> bytes
         self.requests = []
-        self.cut = 0  # downloads of weights to break off half way
+        self.cuts = []  # bytes after which the next downloads of weights break off; 0: they are answered with 500
+        self.starts = []  # of each download of weights, the first byte
         self.refuse = 0  # commits to answer with 500
 
     @property
@@ -119,12 +123,15 @@ class Handler(BaseHTTPRequestHandler):
         start = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").split("-")[0])
         if start:
             headers["Content_Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
-        if self.command == "GET" and path == hub.WEIGHTS and self.server.cut:
-            self.server.cut -= 1
-            self.answer(200, data[: len(data) // 2], Content_Length=str(len(data)), **headers)
-            self.close_connection = True
-            return None
-        return self.answer(206 if start else 200, data[start:], **headers)
+        status, size, end = 206 if start else 200, len(data) - start, len(data)
+        if self.command == "GET" and path == hub.WEIGHTS:
+            self.server.starts.append(start)
+            if self.server.cuts:
+                end = self.server.cuts.pop(0)
+                self.close_connection = True
+        if not end:
+            return self.answer(500, {"error": "out of order"})
+        return self.answer(status, data[start:end], Content_Length=str(size), **headers)
 
     def do_PUT(self):
         parts = self.parts()
@@ -200,7 +207,16 @@ def checkpoint(tiny_prior, tmp_path):
 
 
 @pytest.fixture
-def command(server, tmp_path):
+def large(server, checkpoint):
+    """A checkpoint on the Hub, of weights that the client reads in two pieces; their bytes."""
+    weights = save({"noise": torch.randint(256, (12 * 2**20,), dtype=torch.uint8)})
+    config = json.loads((checkpoint / hub.CONFIG).read_text()) | {"sha256": hashlib.sha256(weights).hexdigest()}
+    server.commits["org/large"] = [("1" * 40, {hub.CONFIG: json.dumps(config).encode(), hub.WEIGHTS: weights})]
+    return weights
+
+
+@pytest.fixture
+def audiosep(server, tmp_path):
     """Run the real command with the real client."""
 
     def run(*arguments, **changes):
@@ -208,10 +224,15 @@ def command(server, tmp_path):
         environment |= {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": TOKEN}
         environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1"}
         environment |= {"PYTHONPATH": str(ROOT), "HF_HUB_DISABLE_PROGRESS_BARS": "1"} | changes
-        words = [sys.executable, "-m", "audiosep", "models", *map(str, arguments)]
+        words = [sys.executable, "-m", "audiosep", *map(str, arguments)]
         return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120)
 
     return run
+
+
+@pytest.fixture
+def command(audiosep):
+    return functools.partial(audiosep, "models")
 
 
 @pytest.mark.slow
@@ -223,7 +244,6 @@ def test_a_checkpoint_goes_to_the_hub_and_back(server, checkpoint, command):
     assert files == {p.name: p.read_bytes() for p in checkpoint.iterdir()}
     assert files[hub.CARD].decode().startswith("---\nlibrary_name: audiosep")
 
-    server.cut = 1  # the connection breaks half way: the client asks for the rest
     fetched = command("download", "org/tiny")
     assert fetched.returncode == 0, fetched.stderr
     folder = Path(fetched.stdout.strip())
@@ -249,6 +269,27 @@ def test_what_was_sent_is_not_sent_again(server, checkpoint, command):
     assert command("push", checkpoint, "org/tiny").returncode == 0
     assert sum(request.startswith("PUT") for request in server.requests) == 1
     assert server.files("org/tiny", "main")[1].keys() == {hub.CONFIG, hub.WEIGHTS, hub.CARD}
+
+
+@pytest.mark.slow
+def test_a_download_that_breaks_off_goes_on(server, large, command):
+    server.cuts = [11 * 2**20]
+    fetched = command("download", "org/large")
+    assert fetched.returncode == 0, fetched.stderr
+    assert server.starts == [0, 10 * 2**20]  # what the client had read of the first
+    assert (Path(fetched.stdout.strip()) / hub.WEIGHTS).read_bytes() == large
+
+
+@pytest.mark.slow
+def test_a_download_that_failed_can_be_had_again(server, large, command):
+    server.cuts = [11 * 2**20, 0]
+    failed = command("download", "org/large")
+    assert failed.returncode == 3
+    assert "the Hub answers 500" in failed.stderr
+    assert server.starts == [0, 10 * 2**20]
+    fetched = command("download", "org/large")
+    assert fetched.returncode == 0, fetched.stderr
+    assert (Path(fetched.stdout.strip()) / hub.WEIGHTS).read_bytes() == large
 
 
 @pytest.mark.slow
