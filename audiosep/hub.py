@@ -524,7 +524,7 @@ def _snapshot(repo: str, revision: str | None, local: bool) -> Path:
 @contextlib.contextmanager
 def _hub_errors(name: str, before: str = "") -> Iterator[None]:
     """The client's errors as a ModelError in one line."""
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
 
     try:
         yield
@@ -575,6 +575,8 @@ def _config(prior: Prior, card: Mapping[str, Any]) -> dict[str, Any]:
         "backbone": {"name": _name(BACKBONES, prior.backbone), **arguments},
         "schedule": dict(prior.schedule.config),
         "parameters": sum(p.numel() for p in prior.backbone.parameters()),
+    except errors.HFValidationError as error:
+        raise ModelError(f"{name}: {before}no name that the Hub allows: {' '.join(str(error).split())}") from error
         "licence": card.get("licence", "unknown"),
         "data": card.get("data", "unknown"),
         "metrics": card.get("metrics", []),
@@ -583,6 +585,8 @@ def _config(prior: Prior, card: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _model_config(model: Any, card: Mapping[str, Any]) -> dict[str, Any]:
+        elif constants.HF_HUB_OFFLINE:
+            reason = f"{before}the Hub is not asked, as HF_HUB_OFFLINE is set"
     arguments = {"name": _name(MODELS, model), **model.config}
     if "network" in arguments:
         arguments["network"] = {"name": _name(NETWORKS, model.network), **arguments["network"]}

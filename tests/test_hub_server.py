@@ -307,7 +307,8 @@ def test_what_cannot_be_had_says_why(server, checkpoint, command):
     assert command("push", checkpoint, "org/tiny").returncode == 0
     assert "not this revision" in said("download", "org/tiny@v9")
     assert "can't be reached" in said("download", "org/other", HF_ENDPOINT="http://127.0.0.1:1")
-    assert "can't be reached" in said("download", "org/other", HF_HUB_OFFLINE="1")
+    assert "as HF_HUB_OFFLINE is set" in said("download", "org/other", HF_HUB_OFFLINE="1")
+    assert "allows: Cannot have -- or .. in repo_id: 'org/a--b'" in said("download", "org/a--b")
     assert "is not org/name" in said("push", checkpoint, "tiny")
     (checkpoint / hub.WEIGHTS).write_bytes((checkpoint / hub.WEIGHTS).read_bytes()[:-1] + b"x")
     assert "sha256" in said("push", checkpoint, "org/tiny")
