@@ -255,12 +255,17 @@ def find(name: str | Path) -> Path:
 
 
 def download(name: str) -> Path:
-    """Fetch `org/name[@revision]` as it is on the Hub now; the folder in the cache. ModelError when it can't be had."""
+    """Fetch `org/name[@revision]` as it is on the Hub now; the folder in the cache. ModelError when it can't be had.
+
+    What is damaged in the cache is fetched anew.
+    """
     match = _HUB_NAME.fullmatch(name)
     if not match:
         raise ModelError(f"{name!r} is not org/name or org/name@revision")
     folder = _fetch(match[1], match[2])
-    _read_weights(folder, read_config(folder))
+    if _damaged(folder):
+        _fetch_anew(match[1], folder)
+    _read_weights(folder, read_config(folder), "it is the same on the Hub: tell who published it")
     return folder
 
 
@@ -306,7 +311,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ModelError(f"{folder} is no checkpoint: it has no {CONFIG}") from error
-    except (OSError, ValueError) as error:
+    except ValueError as error:
+        raise ModelError(f"{path}: can't be read ({error}); {_remedy(folder)}") from error
+    except OSError as error:
         raise ModelError(f"{path}: can't be read: {error}") from error
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise ModelError(f"{path}: not a checkpoint of audiosep, or of a newer version than this")
@@ -430,7 +437,7 @@ def _build(part: str, table: Mapping[str, Callable[..., Any]], config: dict, fol
 
 
 def _load_weights(module: nn.Module, folder: Path, config: dict[str, Any]) -> None:
-    state = _read_weights(folder, config)
+    state = _read_weights(folder, config, _remedy(folder))
     _check_state(state, module, str(folder / WEIGHTS))
     module.load_state_dict(state)
 
@@ -438,25 +445,49 @@ def _load_weights(module: nn.Module, folder: Path, config: dict[str, Any]) -> No
 def _origin(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     """For reports: which weights these were. A snapshot's folder in the Hub's cache is named by its commit."""
     origin = {"path": str(folder), "sha256": config["sha256"]}
-    return origin | ({"revision": folder.name} if folder.parent.name == "snapshots" else {})
+    return origin | ({"revision": folder.name} if _is_cached(folder) else {})
 
 
-def _read_weights(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:
+def _is_cached(folder: Path) -> bool:
+    """Whether it is a snapshot in the Hub's cache: models--ORG--NAME/snapshots/COMMIT."""
+    return folder.parent.name == "snapshots"
+
+
+def _remedy(folder: Path) -> str:
+    """What helps a checkpoint whose files are damaged."""
+    if not _is_cached(folder):
+        return "fetch it again"
+    name = folder.parent.parent.name.removeprefix("models--").replace("--", "/")
+    return f"`audiosep models download {name}@{folder.name}` fetches it anew"
+
+
+def _damaged(folder: Path) -> bool:
+    """Whether weights are not those of config.json, or that can't be read; not where there are none."""
+    try:
+        config = json.loads((folder / CONFIG).read_bytes())
+        return bool(_sha256(folder / WEIGHTS) != config["sha256"])
+    except ValueError:
+        return True
+    except (OSError, LookupError, TypeError):  # no checkpoint of ours, which fetching won't change
+        return False
+
+
+def _read_weights(folder: Path, config: dict[str, Any], remedy: str = "fetch it again") -> dict[str, Tensor]:
     path = folder / WEIGHTS
     if not path.is_file():
         pickles = [p.name for p in sorted(folder.iterdir()) if p.suffix in _PICKLE_SUFFIXES]
         if pickles:
             raise _pickle_error(folder / pickles[0])
-        raise ModelError(f"{folder}: no {WEIGHTS}; fetch the checkpoint again")
+        raise ModelError(f"{folder}: no {WEIGHTS}; {remedy}")
     try:
         with path.open("rb") as file:
             if file.read(4).startswith(_PICKLE_STARTS):
                 raise _pickle_error(path)
         state = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise ModelError(f"{path}: truncated or damaged ({error}); fetch it again") from error
+        raise ModelError(f"{path}: truncated or damaged ({error}); {remedy}") from error
     if _sha256(path) != config["sha256"]:
-        raise ModelError(f"{path}: not the weights that {CONFIG} names (sha256); fetch both again")
+        raise ModelError(f"{path}: not the weights that {CONFIG} names (sha256); {remedy}")
     return state
 
 
@@ -514,6 +545,15 @@ def _fetch(repo: str, revision: str | None) -> Path:
         return _snapshot(repo, revision, local=False)
 
 
+def _fetch_anew(repo: str, folder: Path) -> None:
+    """Fetch config and weights of a snapshot again: the client keeps what its cache has, as it is."""
+    from huggingface_hub import hf_hub_download
+
+    with _hub_errors(f"{repo}@{folder.name}", "damaged in the cache, and "):
+        for file in (CONFIG, WEIGHTS):
+            hf_hub_download(repo, file, revision=folder.name, force_download=True)
+
+
 def _snapshot(repo: str, revision: str | None, local: bool) -> Path:
     from huggingface_hub import snapshot_download
 
@@ -535,6 +575,8 @@ def _hub_errors(name: str, before: str = "") -> Iterator[None]:
     except errors.RepositoryNotFoundError as error:
         reason = "no such folder, and no such repository on the Hub (or a private one: HF_TOKEN)"
         raise ModelError(f"{name}: {reason}") from error
+    except errors.HFValidationError as error:
+        raise ModelError(f"{name}: {before}no name that the Hub allows: {' '.join(str(error).split())}") from error
     except ModelError:
         raise
     except Exception as error:  # the client's network errors have no common base
@@ -543,6 +585,8 @@ def _hub_errors(name: str, before: str = "") -> Iterator[None]:
             reason = "the Hub refuses; set HF_TOKEN to a token that may do this"
         elif status:
             reason = f"{before}the Hub answers {status}: {' '.join(str(error).split())}"
+        elif constants.HF_HUB_OFFLINE:
+            reason = f"{before}the Hub is not asked, as HF_HUB_OFFLINE is set"
         else:
             reason = f"{before}the Hub can't be reached ({type(error).__name__})"
         raise ModelError(f"{name}: {reason}") from error
@@ -575,8 +619,6 @@ def _config(prior: Prior, card: Mapping[str, Any]) -> dict[str, Any]:
         "backbone": {"name": _name(BACKBONES, prior.backbone), **arguments},
         "schedule": dict(prior.schedule.config),
         "parameters": sum(p.numel() for p in prior.backbone.parameters()),
-    except errors.HFValidationError as error:
-        raise ModelError(f"{name}: {before}no name that the Hub allows: {' '.join(str(error).split())}") from error
         "licence": card.get("licence", "unknown"),
         "data": card.get("data", "unknown"),
         "metrics": card.get("metrics", []),
@@ -585,8 +627,6 @@ def _config(prior: Prior, card: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _model_config(model: Any, card: Mapping[str, Any]) -> dict[str, Any]:
-        elif constants.HF_HUB_OFFLINE:
-            reason = f"{before}the Hub is not asked, as HF_HUB_OFFLINE is set"
     arguments = {"name": _name(MODELS, model), **model.config}
     if "network" in arguments:
         arguments["network"] = {"name": _name(NETWORKS, model.network), **arguments["network"]}

@@ -317,6 +317,8 @@ def test_a_hub_name_that_cannot_be_had(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(ModelError, match=r"org/name: no such folder, not in the cache, .* HF_HUB_OFFLINE is set"):
         hub.find("org/name")
+    with pytest.raises(ModelError, match=r"no such folder, .*no name that the Hub allows: .*'\.git'"):
+        hub.find("org/name.git")
 
 
 # The published checkpoints

@@ -5,6 +5,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ import torch
 from safetensors.torch import save
 
 from audiosep import hub
+from audiosep.errors import ModelError
 
 ROOT = Path(__file__).parents[1]
 TOKEN = "a token of nobody"
@@ -290,6 +292,38 @@ def test_a_download_that_failed_can_be_had_again(server, large, command):
     fetched = command("download", "org/large")
     assert fetched.returncode == 0, fetched.stderr
     assert (Path(fetched.stdout.strip()) / hub.WEIGHTS).read_bytes() == large
+
+
+@pytest.mark.slow
+def test_a_damaged_cache_is_mended_by_the_command_that_the_error_names(server, checkpoint, command, audiosep, tmp_path):
+    files = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
+    server.commits["org/tiny"] = [("1" * 40, files)]
+    folder = Path(command("download", "org/tiny").stdout.strip())
+
+    def damage(name):
+        data = bytearray((folder / name).read_bytes())
+        data[-1] ^= 1
+        (folder / name).resolve().write_bytes(data)
+
+    damage(hub.WEIGHTS)
+    said = audiosep("separate", "mix.wav", "-n", "org/tiny").stderr
+    assert "sha256" in said
+    words = re.search("`audiosep (.*)`", said)[1].split()
+    assert words == ["models", "download", f"org/tiny@{folder.name}"]
+    assert "damaged in the cache, and the Hub is not asked" in audiosep(*words, HF_HUB_OFFLINE="1").stderr
+    assert audiosep(*words).returncode == 0
+    assert hub.load_prior(folder).classes == ("Class_0", "Class_1")
+
+    damage(hub.CONFIG)
+    with pytest.raises(ModelError, match=f"can't be read .*; `audiosep models download org/tiny@{folder.name}`"):
+        hub.load_prior(folder)
+    assert command("download", "org/tiny").stdout.strip() == str(folder)
+    assert hub.load_prior(folder).classes == ("Class_0", "Class_1")
+
+    files[hub.WEIGHTS] = files[hub.WEIGHTS][:-1] + b"x"
+    never = command("download", "org/tiny", HF_HOME=str(tmp_path / "other"))
+    assert never.returncode == 3
+    assert "it is the same on the Hub" in never.stderr
 
 
 @pytest.mark.slow
