@@ -483,6 +483,14 @@ def test_every_recipe_builds(path, tables):
     recipe.build(fit._card, tables["card"], "card")
 
 
+def test_every_shipped_card_names_the_sources_of_its_recordings():
+    made = prepare("open16k", "card")
+    for entry in hub.list_checkpoints():
+        text = Path(entry["path"], hub.CARD).read_text(encoding="utf-8")
+        for kind in [entry["kind"]] if entry["kind"] in ("speech", "sound") else ["speech", "sound"]:
+            assert all(f"- {source}\n" in text for source in made.sources(kind)), entry["name"]
+
+
 @pytest.mark.parametrize("name", ["tagger", "classifier"])
 def test_the_taggers_recipes_build(name):
     """The recipes make what is shipped."""

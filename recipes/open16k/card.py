@@ -1,8 +1,9 @@
 """Write a shipped checkpoint's model card: its training, its scores, its cost, its sources.
 
-Numbers come from files only: training from the checkpoint itself, scores from `summary.json` of
-`audiosep evaluate recipes/open16k/shipped.toml`, cost from `recipes/benchmark/results.jsonl`.
-Run: python recipes/open16k/card.py checkpoints/speech checkpoints/sound --scores recipes/open16k/results/*/summary.json
+Numbers come from files only: training, and what tagger and classifier heard, from the checkpoint itself, a prior's
+scores from `summary.json` of `audiosep evaluate recipes/open16k/shipped.toml`, its cost from
+`recipes/benchmark/results.jsonl`. The weights stay as they are.
+Run: python recipes/open16k/card.py
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from audiosep import hub
+from audiosep import hub, recipe
 
 HERE = Path(__file__).parent
 BENCHMARK = HERE.parent / "benchmark/results.jsonl"
@@ -69,29 +70,47 @@ def sources(kind: str) -> list[str]:
     return [": ".join(row) for row in chosen]
 
 
+def prior_card(folder: Path, summaries: list[dict[str, Any]], measured: list[dict[str, Any]]) -> dict[str, Any]:
+    """The card of a prior, from summaries of evaluations and the benchmark's rows."""
+    config = hub.read_config(folder)
+    kind = config["kind"]
+    return {
+        "title": f"audiosep/{folder.name}: a small diffusion prior of {kind}",
+        "description": f"{DESCRIPTION}Trained on a shared CPU for a few hours: expect weak separation.",
+        "licence": LICENCE,
+        "licence_id": "mit",
+        "data": config["data"],
+        "training": config["training"] | before(folder.name),
+        "metrics": [metric_row(s) for s in summaries if kind in s["task"] and s["evaluations"]],
+        "cost": [cost_row(row) for row in measured if row["network"] == "small"],
+        "attribution": sources(kind),
+    }
+
+
+def tagger_card(folder: Path) -> dict[str, Any]:
+    """The card of tagger or classifier: as its recipe and its run have it, with all sources."""
+    config = hub.read_config(folder)
+    facts = {key: config[key] for key in ("data", "training", "metrics")}
+    words = recipe.load(HERE / f"{folder.name}.toml")["card"]
+    return words | facts | {"attribution": sources("speech") + sources("sound")}
+
+
 def main() -> None:
     """Rewrite checkpoints with their cards."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("checkpoints", type=Path, nargs="+")
-    parser.add_argument("--scores", type=Path, nargs="+", required=True)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    shipped = [HERE.parents[1] / "checkpoints" / name for name in ("speech", "sound", "tagger", "classifier")]
+    results = sorted(HERE.glob("results/*/summary.json"))
+    parser.add_argument("checkpoints", type=Path, nargs="*", default=shipped, help="default: the four shipped")
+    parser.add_argument("--scores", type=Path, nargs="+", default=results, help="default: results/*/summary.json")
     arguments = parser.parse_args()
     files = [json.loads(path.read_text(encoding="utf-8")) for path in arguments.scores]
     summaries = [summary for file in files for summary in file["summaries"]]
     measured = [json.loads(line) for line in BENCHMARK.read_text(encoding="utf-8").splitlines()]
     for folder in arguments.checkpoints:
-        prior, config = hub.load_prior(folder), hub.read_config(folder)
-        card = {
-            "title": f"audiosep/{folder.name}: a small diffusion prior of {prior.kind}",
-            "description": f"{DESCRIPTION}Trained on a shared CPU for a few hours: expect weak separation.",
-            "licence": LICENCE,
-            "licence_id": "mit",
-            "data": config["data"],
-            "training": config["training"] | before(folder.name),
-            "metrics": [metric_row(s) for s in summaries if prior.kind in s["task"] and s["evaluations"]],
-            "cost": [cost_row(row) for row in measured if row["network"] == "small"],
-            "attribution": sources(prior.kind),
-        }
-        print(hub.save_prior(prior, folder, card))
+        if hub.is_prior(folder):
+            print(hub.save_prior(hub.load_prior(folder), folder, prior_card(folder, summaries, measured)))
+        else:
+            print(hub.save_model(hub.load_model(folder), folder, tagger_card(folder)))
 
 
 if __name__ == "__main__":
