@@ -15,6 +15,7 @@ difference, with its 95 % interval. Run: python recipes/open16k/compare.py
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ def rows(folder: Path) -> dict[int, dict[str, Any]]:
 
 def main() -> None:
     """Write the file."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     found = []
     for earlier in sorted(path.parent for path in RESULTS.glob("earlier/*/*/rows.jsonl")):
         before, now = rows(earlier), rows(RESULTS / earlier.name)

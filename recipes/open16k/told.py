@@ -1,4 +1,4 @@
-"""How often tagger and classifier, alone and together, tell apart stems of recordings held out of their training.
+r"""How often tagger and classifier, alone and together, tell apart stems of recordings held out of their training.
 
 Every stem of a held-out mixture holds the other sources `--faint` dB fainter, or is what a faulty mask leaves of all of
 them (`tagger.masked`; lines whose `faint_db` is null). `pairs` is how often a stem fits its own class better than that
@@ -10,7 +10,8 @@ one (what names them); chance is 1/2, and 1/K! for K sources. `together` is what
       audiosep train recipes/open16k/$n.toml -o runs/rare/$n --set data.manifest=data/open16k-rare.csv \
         --set train.max_steps=2000
     done
-    python recipes/open16k/told.py runs/rare/tagger runs/rare/classifier -o recipes/open16k/results/told.jsonl
+    python recipes/open16k/told.py runs/rare/tagger runs/rare/classifier --faint 10 \
+      -o recipes/open16k/results/told.jsonl
 """
 
 from __future__ import annotations
