@@ -451,6 +451,8 @@ TRAINED = {
 }
 MILLIONS = {
     "paper": 37.2,
+    "speech-paper": 37.2,
+    "sound-paper": 37.2,
     "diffwave-large": 32.3,
     "conv-tasnet-small": 2.8,
     "conv-tasnet": 8.2,
