@@ -2,6 +2,7 @@
 
 - deterministic: the sampler that renewed no noise; sounds as they came out; the sound prior after 6,630 steps.
 - unguided: no class guidance, and the tagger alone named the stems.
+- even-leaks: as all that follow, the classifier was trained without faulty masks.
 - even-guidance: as all that follow, class guidance took steps of 0.3 at all noise, and where a voice was low-rank
   guidance had no last step.
 - sampled: as all that follow, on to noise of 0.002 in 24 steps, twice as many; low-rank guidance had no last
