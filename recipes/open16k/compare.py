@@ -1,4 +1,5 @@
-"""What the shipped default has over earlier ones (results/earlier/*), on the mixtures that both separated.
+"""What the shipped default has over earlier ones (results/earlier/*) and over the shipped rivals
+(../unasdiff/results/rivals), on the mixtures that both separated.
 
 - deterministic: the sampler that renewed no noise; sounds as they came out; the sound prior after 6,630 steps.
 - unguided: no class guidance, and the tagger alone named the stems.
@@ -28,26 +29,42 @@ from audiosep.metrics import paired_interval
 RESULTS = Path(__file__).parent / "results"
 
 
-def rows(folder: Path) -> dict[int, dict[str, Any]]:
-    """Rows of an evaluation of one task by the mixture's number."""
-    lines = (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines()
-    found = [json.loads(line) for line in lines if line]
-    return {row["index"]: row for row in found if "error" not in row}
+RIVALS = RESULTS.parents[1] / "unasdiff/results/rivals"
+
+Rows = dict[int, dict[str, Any]]
+
+
+def rows(folder: Path) -> dict[tuple[str, str], Rows]:
+    """Rows of an evaluation by separator and task, then by the mixture's number."""
+    found: dict[tuple[str, str], Rows] = {}
+    for line in (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        if "error" not in row:
+            found.setdefault((row["separator"], row["task"]), {})[row["index"]] = row
+    return found
+
+
+def others() -> dict[tuple[str, str], Rows]:
+    """What the default is compared with, by name and task."""
+    found = {}
+    for folder in sorted(path.parent for path in RESULTS.glob("earlier/*/*/rows.jsonl")):
+        (found[folder.parent.name, folder.name],) = rows(folder).values()
+    return found | {key: own for key, own in rows(RIVALS).items() if key[0] in ("Conv-TasNet", "NMF")}
 
 
 def main() -> None:
     """Write the file."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     found = []
-    for earlier in sorted(path.parent for path in RESULTS.glob("earlier/*/*/rows.jsonl")):
-        before, now = rows(earlier), rows(RESULTS / earlier.name)
+    for (name, task), before in others().items():
+        (now,) = rows(RESULTS / task).values()
         both = [i for i in now if i in before and now[i]["ids"] == before[i]["ids"]]
         for score in ("si_sdr", "si_sdr_permuted"):
             new, old = (np.array([np.mean(table[i][score]) for i in both]) for table in (now, before))
             low, high = paired_interval(new, old)
             numbers = {"default": new.mean(), "before": old.mean(), "difference": (new - old).mean()}
             numbers |= {"low": low, "high": high}
-            about = {"earlier": earlier.parent.name, "task": earlier.name, "score": score, "mixtures": len(both)}
+            about = {"earlier": name, "task": task, "score": score, "mixtures": len(both)}
             found.append(about | {key: round(float(value), 2) for key, value in numbers.items()})
     text = "\n".join(json.dumps(row) for row in found)
     (RESULTS / "earlier/differences.jsonl").write_text(text + "\n", encoding="utf-8")
