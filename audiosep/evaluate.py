@@ -307,6 +307,7 @@ def score(estimates: Tensor, references: Tensor, mixture: Tensor) -> dict[str, A
 def guidance_facts(step: float) -> dict[str, Any]:
     """What stems that class guidance steered follow from besides the networks."""
     return {
+        **({"labels of priors": "none"} if step else {}),
         "step": step,
         "falls": FALLS,
         "ends at noise": STEERED,

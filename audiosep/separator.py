@@ -532,11 +532,18 @@ class Separator:
         return level * power**0.5 / rms.clamp(min=SILENCE)
 
     def sampler_for(self, sources: Sequence[Source]) -> Sampler:
-        """The sampler of these sources, with the settings asked for."""
-        joint = JointPrior([(self.priors[source.prior], source.label) for source in sources], self.dtype)
+        """The sampler of these sources, with the settings asked for.
+
+        Priors of sources that class guidance tells apart are not told the class: what they know of it, from the
+        recordings that they were trained on, misleads on others.
+        """
+        guides = self._guides(sources)
+        told = {k for group, _ in guides for k in group}
+        labels = [None if k in told else source.label for k, source in enumerate(sources)]
+        joint = JointPrior([(self.priors[source.prior], label) for source, label in zip(sources, labels)], self.dtype)
         if self.mixing is None:
             sampler = self._build(joint)
-            steer = self._steer(sources, sampler.ratios[-2])
+            steer = self._steer(sources, guides, sampler.ratios[-2])
             return sampler if steer is None else self._build(joint, steer=steer)
         if self.mixing.shape[1] != len(sources):
             raise UsageError(
@@ -577,23 +584,29 @@ class Separator:
         low = self._low_rank(sources) is not None
         return {"guidance": self.guidance if told else 0.0, "low_rank": self.low_rank if low else 0.0}
 
-    def _steer(self, sources: Sequence[Source], last: float) -> Callable[[Tensor, float], Tensor] | None:
-        """Class guidance of the sources that tagger and classifier tell apart, then low-rank guidance of all.
-
-        `last` is the noise of the last step.
-        """
-        low_rank, guides = self._low_rank(sources), []
+    def _guides(self, sources: Sequence[Source]) -> list[tuple[list[int], ClassGuidance]]:
+        """Positions of the sources that tagger and classifier tell apart, group by group, and their class guidance."""
+        guides = []
         for group in self.exchange_groups(sources) if self.guidance else []:
             members = [sources[k] for k in group]
             classifier = self.classifier_of(members)
             if classifier is not None:
-                guide = ClassGuidance(classifier, self.classes_of(members), self.guidance)
-                guides.append((torch.tensor(group, device=self.device), guide))
+                guides.append((group, ClassGuidance(classifier, self.classes_of(members), self.guidance)))
+        return guides
+
+    def _steer(
+        self, sources: Sequence[Source], guides: Sequence[tuple[list[int], ClassGuidance]], last: float
+    ) -> Callable[[Tensor, float], Tensor] | None:
+        """Class guidance, then low-rank guidance of all; `last` is the noise of the last step."""
+        low_rank, placed = (
+            self._low_rank(sources),
+            [(torch.tensor(k, device=self.device), guide) for k, guide in guides],
+        )
         sounds = [k for k, source in enumerate(sources) if self.priors[source.prior].kind not in RANKS]
         among, index = self._low_rank([sources[k] for k in sounds]), torch.tensor(sounds, device=self.device)
 
         def steer(x: Tensor, noise: float) -> Tensor:
-            for group, guide in guides if noise >= STEERED else ():
+            for group, guide in placed if noise >= STEERED else ():
                 x = x.index_copy(1, group, guide(x[:, group], noise))
             if low_rank is None or noise >= VAGUE:
                 return x
@@ -601,7 +614,7 @@ class Separator:
                 return x.index_copy(1, index, among(x[:, index], LAST))
             return low_rank(x) if noise >= STEERED else x
 
-        return steer if guides or low_rank is not None else None
+        return steer if placed or low_rank is not None else None
 
     def _low_rank(self, sources: Sequence[Source]) -> LowRank | None:
         """Guidance by low rank; two voices share their spectra, and an unnamed sound may be of many."""

@@ -246,6 +246,22 @@ def test_a_separator_guides_where_the_classifier_knows_the_classes(ears):
         assert job_of(known, names, low_rank=0).sampler.steer is None
 
 
+@pytest.mark.parametrize(
+    ("names", "options", "labels"),
+    [
+        (["speech", "Low"], {}, [None, None]),  # guided: the prior isn't told which sound it is
+        (["Low", "High"], {}, [None, None]),
+        (["Low", "High"], {"guidance": 0}, [0, 1]),  # nothing else tells them apart
+        (["Low", "High"], {"preset": "published"}, [0, 1]),
+        (["Low", "Low"], {}, [0, 0]),  # not guided, being alike
+    ],
+)
+def test_a_prior_is_told_the_class_where_nothing_guides(ears, names, options, labels):
+    job = job_of(VOICE_AND_SOUND, names, **options)
+    assert [label for _, label in job.sampler.prior.sources] == labels
+    assert [source.label for source in job.sources] == [None if name == "speech" else name == "High" for name in names]
+
+
 def test_a_separator_guides_by_low_rank_where_a_sound_is():
     wave = (tone(400) + tone(3500)).numpy()[None]
     guided, plain = banded(steps=4, guidance=0), banded(steps=4, guidance=0, low_rank=0)
