@@ -70,6 +70,19 @@ def go(folder, model=None, **changes):
     return train(model or Model(), data, folder, options(**changes), device="cpu", **({"level": level} | call))
 
 
+def following(folder):
+    """The step that a run of this folder takes first."""
+    return module._read(folder / STATE)[0]["step"] + 1 if (folder / STATE).exists() else 1
+
+
+def go_on(folder, model=None, **changes):
+    """Resume a run and see that it begins after its state: one that began anew would have the same losses."""
+    shown, first = [], following(folder)
+    result = go(folder, model, resume=True, progress=lambda done, *_: shown.append(done), **changes)
+    assert shown[0] == first > 1
+    return result
+
+
 def losses(folder):
     return [(row["step"], row["loss"], row.get("loss/level_3")) for row in read_log(folder) if "loss" in row]
 
@@ -165,11 +178,11 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, precision):
         go(parts, progress=progress, precision=precision)
     assert losses(parts)[-1][0] == 8
     second = Model()
-    go(parts, second, resume=True, precision=precision)
+    go_on(parts, second, precision=precision)
     assert losses(parts) == losses(whole)
     for name, value in first.state_dict().items():
         assert torch.equal(value, second.state_dict()[name]), name
-    go(parts, resume=True, max_steps=14, precision=precision)
+    go_on(parts, max_steps=14, precision=precision)
     assert losses(parts)[-1][0] == 14
 
 
@@ -217,7 +230,7 @@ def test_a_full_disk_leaves_the_last_state(tmp_path, monkeypatch, caplog):
     assert (tmp_path / STATE).read_bytes() == good
     assert not list(tmp_path.glob(".*partial"))
     monkeypatch.undo()
-    go(tmp_path, resume=True)
+    go_on(tmp_path)
     assert losses(tmp_path)[-1][0] == 12
 
 
@@ -258,7 +271,7 @@ def test_a_signal_ends_a_run_in_good_order(tmp_path):
             os.kill(os.getpid(), signal.SIGTERM)
 
     assert go(tmp_path, progress=progress)["step"] == 7
-    assert go(tmp_path, resume=True)["finished"]
+    assert go_on(tmp_path)["finished"]
     go(tmp_path / "whole")
     assert losses(tmp_path) == losses(tmp_path / "whole")
 
@@ -310,7 +323,9 @@ def test_training_on_a_gpu(tmp_path, precision):
     )
     result = train(prior, Tones(), tmp_path, chosen, level=lambda batch: prior.steps_of(batch["index"]) / 199)
     assert result["loss"] < 0.9 * losses(tmp_path)[0][1]
-    assert train(prior, Tones(), tmp_path, chosen, resume=True)["step"] == 60
+    shown = []
+    assert train(prior, Tones(), tmp_path, chosen, resume=True, progress=lambda *told: shown.append(told))["step"] == 60
+    assert not shown
 
 
 SCRIPT = """
@@ -338,7 +353,10 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(tmp_path):
     go(tmp_path / "whole", max_steps=200, save_every=3)
     command = [sys.executable, str(path), str(folder), "{'max_steps': 200, 'save_every': 3, 'workers': 1}"]
     for kill_at in (4, 61, 133):
+        first = following(folder)
+        assert (first > 1) == (kill_at > 4)
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert int(process.stdout.readline()) == first
             for line in process.stdout:
                 if int(line) >= kill_at:
                     time.sleep(0.01)  # anywhere within a step or a save
@@ -346,7 +364,9 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(tmp_path):
                     break
             process.wait()
         assert process.returncode == -signal.SIGKILL
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    first = following(folder)
+    last = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    assert int(last.stdout.split()[0]) == first > 130
     assert losses(folder) == losses(tmp_path / "whole")
 
 
@@ -358,10 +378,14 @@ def test_two_processes_have_the_losses_and_weights_of_one(tmp_path):
         changes = {"max_steps": budget, "decay": "constant", "save_every": 7}
         environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         launch = partial(
-            subprocess.run, [*command, str(folder), repr(changes)], env=environment, stdout=subprocess.DEVNULL
+            subprocess.run, [*command, str(folder), repr(changes)], env=environment, stdout=subprocess.PIPE, text=True
         )
+        first = following(folder)
+        assert first == {7: 1, 12: 8}[budget]
+        launched = launch()
+        assert int(launched.stdout.split()[0]) == first
         # torch's threads sometimes abort a process at its very end; the same launch then goes on where it was.
-        if launch().returncode:
+        if launched.returncode:
             launch(check=True)
     go(tmp_path / "constant", decay="constant")
     two, one = read_log(folder), read_log(tmp_path / "constant")
