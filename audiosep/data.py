@@ -36,6 +36,7 @@ __all__ = [
     "Item",
     "MixtureDataset",
     "SourceDataset",
+    "Undecoded",
     "active_spans",
     "class_names",
     "load_clip",
@@ -270,6 +271,27 @@ def parse_task(task: str) -> tuple[int, int]:
     return counts["speech"], counts["sound"]
 
 
+class Undecoded:
+    """Which of these recordings can't be decoded: what one process has found out, no other tries again."""
+
+    def __init__(self, items: Sequence[Item]) -> None:
+        self.positions = {item.id: i for i, item in enumerate(items)}
+        self.flags = torch.zeros(len(items), dtype=torch.bool).share_memory_()
+
+    def __contains__(self, item: Item) -> bool:
+        return bool(self.flags[self.positions[item.id]])
+
+    def add(self, item: Item, error: AudioError) -> None:
+        """Leave a recording out from now on, with a warning that says why."""
+        self.flags[self.positions[item.id]] = True
+        warnings.warn(f"left out of training: {error}", stacklevel=1)  # here: one for all datasets of a process
+
+    @property
+    def ids(self) -> list[str]:
+        """Those that were found so far."""
+        return [id for id, i in self.positions.items() if self.flags[i]]
+
+
 class MixtureDataset(Dataset[dict[str, Any]]):
     """Mixtures as the UnaSDiff paper makes them (Shi et al., AAAI 2026), from `items`.
 
@@ -283,7 +305,9 @@ class MixtureDataset(Dataset[dict[str, Any]]):
     separator for: "speech" or the class), `labels` (speaker or class), `ids` (the clips' paths),
     `starts` and `lengths` (samples of the canvas that a clip takes), `gains` (its factor); speech
     first. `classes` keeps to sounds of these classes (names compared without case).
-    A clip that can't be decoded is an error: without it these would be other mixtures.
+    A clip that can't be decoded is an error: without it these would be other mixtures. To train
+    and to probe, `skip` has them made of other clips: one that fails to decode is named in one
+    warning, left out from then on by all datasets of the same `skip`, and listed by `failed`.
     """
 
     def __init__(
@@ -296,13 +320,14 @@ class MixtureDataset(Dataset[dict[str, Any]]):
         sample_rate: int = 16000,
         classes: Sequence[str] | None = None,
         level: tuple[float, float] = (-25.0, -20.0),
+        skip: Undecoded | None = None,
     ) -> None:
         if count < 1:
             raise UsageError(f"count is at least 1, got {count}")
         if seed < 0:
             raise UsageError(f"seed is at least 0, got {seed}")
         self.task, self.count, self.seed = task, count, seed
-        self.segment, self.sample_rate, self.level = segment, sample_rate, level
+        self.segment, self.sample_rate, self.level, self.skip = segment, sample_rate, level, skip
         self.n_speech, self.n_sound = parse_task(task)
         known = None if classes is None else {name.casefold() for name in classes}
         items = sorted(items)
@@ -327,16 +352,17 @@ class MixtureDataset(Dataset[dict[str, Any]]):
         names = "\n".join(f"{item.label} {item.id}" for pool in pools for item in pool)
         return hashlib.sha256(names.encode()).hexdigest()[:16]
 
+    @property
+    def failed(self) -> list[str]:
+        """The clips that could not be decoded so far."""
+        return self.skip.ids if self.skip else []
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not 0 <= index < self.count:
             raise IndexError(index)
         rng = np.random.default_rng([self.seed, index])
         length = round(self.segment * self.sample_rate)
-        chosen = [
-            *_distinct(rng, self.speakers, self.n_speech),
-            *_distinct(rng, self.classes, self.n_sound),
-        ]
-        drawn = [self._draw(rng, clips, length) for clips in chosen]
+        drawn = self._drawn(rng, length)
         waves = [wave for _, wave in drawn]
         sizes = [wave.size for wave in waves]
         starts = _overlapping(rng, sizes, length) if self.n_sound else [0] * len(waves)
@@ -358,14 +384,39 @@ class MixtureDataset(Dataset[dict[str, Any]]):
             "gains": gains,
         }
 
+    def _drawn(self, rng: np.random.Generator, length: int) -> list[tuple[Item, NDArray[np.float64]]]:
+        """A clip of each speaker and class; where those of one are no use, and may be skipped, of others."""
+        for _ in range(99 if self.skip else 0):
+            with contextlib.suppress(AudioError):
+                return self._draw_all(rng, length)
+        return self._draw_all(rng, length)
+
+    def _draw_all(self, rng: np.random.Generator, length: int) -> list[tuple[Item, NDArray[np.float64]]]:
+        chosen = [
+            *_distinct(rng, self.speakers, self.n_speech),
+            *_distinct(rng, self.classes, self.n_sound),
+        ]
+        return [self._draw(rng, clips, length) for clips in chosen]
+
     def _draw(self, rng: np.random.Generator, clips: list[Item], length: int) -> tuple[Item, NDArray[np.float64]]:
         for _ in range(100):
             item = clips[_index(rng, len(clips))]
-            wave = load_clip(item.path, self.sample_rate)
+            wave = self._clip(item)
             wave = _excerpt(rng, wave, item.kind, length, self.sample_rate)
             if wave.any():
                 return item, wave.astype(np.float64)
-        raise AudioError(f"{clips[0].path}: silent, as are all clips drawn of {clips[0].label!r}")
+        bad = " or can't be decoded" if self.skip else ""
+        raise AudioError(f"{clips[0].path}: silent{bad}, as are all clips drawn of {clips[0].label!r}")
+
+    def _clip(self, item: Item) -> Wave:
+        """All of a recording; nothing of one that is skipped."""
+        if self.skip is None:
+            return load_clip(item.path, self.sample_rate)
+        try:
+            return np.zeros(0, np.float32) if item in self.skip else load_clip(item.path, self.sample_rate)
+        except AudioError as error:
+            self.skip.add(item, error)
+            return np.zeros(0, np.float32)
 
 
 class SourceDataset(Dataset[dict[str, Any]]):
@@ -426,11 +477,10 @@ class SourceDataset(Dataset[dict[str, Any]]):
         self.groups = [[positions[item.id] for item in group] for group in groups]
         filled = [sum(min(1.0, item.duration / segment) for item in group) for group in groups]
         self.shares = np.cumsum(np.array(filled) ** balance)
-        # Shared memory: what one worker finds undecodable, no other tries again.
-        self._bad = torch.zeros(len(self.items), dtype=torch.bool).share_memory_()
+        self.undecoded = Undecoded(self.items)
         self.cache = Cache(self.items, sample_rate, cache) if cache else None
         if self.cache:
-            self._bad[self.cache.failed] = True
+            self.undecoded.flags[self.cache.failed] = True
 
     def __len__(self) -> int:
         return self.count
@@ -438,7 +488,7 @@ class SourceDataset(Dataset[dict[str, Any]]):
     @property
     def failed(self) -> list[str]:
         """The clips that could not be decoded so far."""
-        return [self.items[i].id for i in self._bad.nonzero().flatten().tolist()]
+        return self.undecoded.ids
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not 0 <= index < self.count:
@@ -492,7 +542,7 @@ class SourceDataset(Dataset[dict[str, Any]]):
         sign = -1 if rng.random() < 0.5 and self.polarity else 1
         where = rng.random()
         # Known or new, an unreadable clip takes the same draws: the window stays the same.
-        if self._bad[position]:
+        if item in self.undecoded:
             return np.zeros(0, np.float32)
         # Of speech only what the window takes is decoded; of a sound all, to find its spans.
         seconds = length * rate / self.sample_rate if item.kind == "speech" else None
@@ -502,8 +552,7 @@ class SourceDataset(Dataset[dict[str, Any]]):
             else:
                 wave = load_clip(item.path, self.sample_rate, seconds, where)
         except AudioError as error:
-            self._bad[position] = True
-            warnings.warn(f"left out of training: {error}", stacklevel=2)
+            self.undecoded.add(item, error)
             return np.zeros(0, np.float32)
         if rate != 1:
             wave = soxr.resample(wave, rate, 1)

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from audiosep import distributed, hub, report, train
 from audiosep.baselines import fit_nmf
-from audiosep.data import KINDS, Item, MixtureDataset, SourceDataset, class_names, parse_task, read_manifest
-from audiosep.errors import UsageError
+from audiosep.data import KINDS, Item, MixtureDataset, SourceDataset, Undecoded, class_names, parse_task, read_manifest
+from audiosep.errors import AudioError, UsageError
 from audiosep.evaluate import score
 from audiosep.mixing import best_permutation
 from audiosep.prior import Prior
@@ -89,9 +89,7 @@ def _fit_prior(tables: Mapping[str, Any], out: Path, **how: Any) -> dict[str, An
     def save(average: torch.nn.Module, facts: dict[str, Any]) -> None:
         assert isinstance(average, Prior)
         rows = train.read_log(run_folder(out))
-        facts = _facts(options, windows.segment, facts, average) | started
-        if windows.failed:
-            facts["recordings left out, as they can't be decoded"] = len(windows.failed)
+        facts = _facts(options, windows, facts, average) | started
         hub.save_prior(average, out, {**data.card(), **card, "metrics": probe.metrics(rows), "training": facts})
 
     return train.train(
@@ -120,7 +118,7 @@ def _fit_expert(tables: Mapping[str, Any], out: Path, **how: Any) -> dict[str, A
 
     def save(average: torch.nn.Module, facts: dict[str, Any]) -> None:
         rows = probe.metrics(train.read_log(run_folder(out)))
-        facts = _facts(options, mixtures.segment, facts, average)
+        facts = _facts(options, mixtures, facts, average)
         hub.save_model(average, out, {**data.card(), **card, "metrics": rows, "training": facts})
 
     return train.train(
@@ -157,7 +155,7 @@ def _fit_tagger(tables: Mapping[str, Any], out: Path, **how: Any) -> dict[str, A
         assert isinstance(average, Tagger)
         rows = train.read_log(run_folder(out))
         average.threshold = probe.last(rows).get("threshold", tagger.threshold)
-        facts = _facts(options, mixtures.segment, facts, average) | started
+        facts = _facts(options, mixtures, facts, average) | started
         hub.save_model(average, out, {**data.card(), **card, "metrics": probe.metrics(rows), "training": facts})
 
     about = {"tagger": json.loads(json.dumps(tagger.config)), "recordings": data.fingerprint()}
@@ -298,6 +296,7 @@ class _Data:
             count=count,
             seed=seed,
             sample_rate=expert.sample_rate,
+            skip=Undecoded(items),
         )
 
     def tagged(
@@ -311,6 +310,7 @@ class _Data:
     ) -> TaggedMixtures:
         """Mixtures of the tagger's classes, `count` of each task; `shares` are `TaggedMixtures`' own."""
         common = {"items": items, "count": count, "classes": tagger.classes, "sample_rate": tagger.sample_rate}
+        common["skip"] = Undecoded(items)
         # A task that is named twice is to give other mixtures the second time.
         datasets = [
             build(MixtureDataset, self.table, "data", task=task, seed=seed + k, **common)
@@ -367,8 +367,8 @@ class Probe:
         self.windows: list[dict[str, Any]] = []
         if data.valid and windows:
             held_out = data.windows(data.valid, windows, 0, prior)
-            self.windows = [held_out[i] for i in range(windows)] if distributed.rank() == 0 else []
-        self.mixtures: MixtureDataset | None = None
+            self.windows = _first(held_out, windows, "no held-out losses")
+        self.mixtures: list[dict[str, Any]] = []
         self.named = False
         if data.valid and mixtures:
             self._mix(data, prior, mixtures, partner)
@@ -380,7 +380,7 @@ class Probe:
             found["denoising"] = sum(found.values()) / len(found)
         if self.samples:
             self._draw(average, step, board)
-        if self.mixtures is not None:
+        if self.mixtures:
             found["si_sdr"] = self._separate(average)
         return found
 
@@ -397,26 +397,28 @@ class Probe:
         ]
         if "denoising" in last:
             table.append({"metric": "the same, mean", "value": last["denoising"]})
-        if "si_sdr" in last and self.mixtures is not None:
-            what = f"SI-SDR in dB, {self.mixtures.task}, {len(self.mixtures)} held-out mixtures"
+        if "si_sdr" in last and self.mixtures:
+            what = f"SI-SDR in dB, {self.task}, {len(self.mixtures)} held-out mixtures"
             table.append({"metric": what, "value": last["si_sdr"]})
         return table
 
     def _mix(self, data: _Data, prior: Prior, count: int, partner: str | None) -> None:
-        items, task = list(data.valid), f"2{self.kind}"
+        items, self.task = list(data.valid), f"2{self.kind}"
         known: Sequence[str] = prior.classes
         self.named = bool(partner) or (self.kind == "sound" and bool(known))
         if partner:
             other = next(kind for kind in KINDS if kind != self.kind)
-            self.partner, task = hub.load_prior(partner), "1speech+1sound"
+            self.partner, self.task = hub.load_prior(partner), "1speech+1sound"
             items += data.items("valid", other)
             known = (*prior.classes, *self.partner.classes)
         self.known = {name.casefold() for name in known}
+        skip, rate = Undecoded(items), prior.sample_rate
         try:
-            rate = prior.sample_rate
-            self.mixtures = MixtureDataset(items, task, count, 0, self.segment, rate, classes=known or None)
+            mixed = MixtureDataset(items, self.task, count, 0, self.segment, rate, known or None, skip=skip)
         except UsageError as error:
             log.warning("no separation score: %s", error)
+            return
+        self.mixtures = _first(mixed, count, "no separation score")
 
     @torch.no_grad()
     def _losses(self, prior: Prior) -> list[float]:
@@ -452,14 +454,12 @@ class Probe:
 
     def _separate(self, prior: Prior) -> float:
         """Mean SI-SDR; as named where names tell the sources apart, otherwise in the best order."""
-        assert self.mixtures is not None
         priors = {self.kind: prior}
         if self.partner is not None:
             priors[next(kind for kind in KINDS if kind != self.kind)] = self.partner
         separator = Separator(priors, samples=1, device=next(prior.parameters()).device)
         scores = []
-        for i in range(len(self.mixtures)):
-            item = self.mixtures[i]
+        for item in self.mixtures:
             asked = [self._name(name) for name in item["names"]]
             result = separator(item["mixture"][None], prior.sample_rate, sources=asked)
             estimates = torch.stack([torch.as_tensor(stem)[0] for stem in result.sources.values()])
@@ -482,22 +482,24 @@ class ExpertProbe:
 
     def __init__(self, data: _Data, expert: Expert, mixtures: int = 32, batch: int = 4) -> None:
         self.batch, self.task = batch, expert.task
-        self.mixtures: MixtureDataset | None = None
+        self.mixtures: list[dict[str, Any]] = []
         if data.valid and mixtures:
             try:
-                self.mixtures = data.mixtures(data.valid, expert, mixtures, 0)
+                mixed = data.mixtures(data.valid, expert, mixtures, 0)
             except UsageError as error:
                 log.warning("no held-out scores: %s", error)
+                return
+            self.mixtures = _first(mixed, mixtures, "no held-out scores")
 
     @torch.no_grad()
     def __call__(self, average: torch.nn.Module, step: int, board: Any) -> dict[str, float]:
         assert isinstance(average, Expert)
-        if self.mixtures is None:
+        if not self.mixtures:
             return {}
         device = next(average.parameters()).device
         total = torch.zeros(2)
         for first in range(0, len(self.mixtures), self.batch):
-            rows = [self.mixtures[i] for i in range(first, min(first + self.batch, len(self.mixtures)))]
+            rows = self.mixtures[first : first + self.batch]
             mixture = torch.stack([row["mixture"] for row in rows]).to(device)
             sources = torch.stack([row["sources"] for row in rows]).to(device)
             scores = average.scores(average(mixture).float(), sources)
@@ -509,7 +511,7 @@ class ExpertProbe:
     def metrics(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Rows of the model card from the last probe in the log."""
         probed = [row for row in rows if "probe/si_sdr" in row]
-        if not probed or self.mixtures is None:
+        if not probed or not self.mixtures:
             return []
         what = f"{self.task}, {len(self.mixtures)} held-out mixtures, dB"
         return [
@@ -642,6 +644,15 @@ def draw(prior: Prior, labels: Sequence[int], length: int, steps: int = 50, seed
     return x
 
 
+def _first(dataset: train.Items, count: int, without: str) -> list[dict[str, Any]]:
+    """Items that the first process probes with; none, and a warning, where their recordings can't be decoded."""
+    try:
+        return [dataset[i] for i in range(count)] if distributed.rank() == 0 else []
+    except AudioError as error:
+        log.warning("%s: %s", without, error)
+        return []
+
+
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
@@ -659,16 +670,20 @@ def _card(
 
 
 def _facts(
-    options: train.Options, segment: float, facts: Mapping[str, Any], trained: torch.nn.Module
+    options: train.Options,
+    items: SourceDataset | MixtureDataset | TaggedMixtures,
+    facts: Mapping[str, Any],
+    trained: torch.nn.Module,
 ) -> dict[str, Any]:
     """The card's section on training."""
-    seen = facts["step"] * options.batch_size * segment / 3600
+    seen = facts["step"] * options.batch_size * items.segment / 3600
     return {
         "steps": facts["step"],
-        "windows per step": f"{options.batch_size} of {segment:g} s ({seen:.1f} h in all)",
+        "windows per step": f"{options.batch_size} of {items.segment:g} s ({seen:.1f} h in all)",
         "optimiser": f"AdamW, learning rate {options.learning_rate:g}, {options.decay}",
         "average of the weights": f"exponential, {options.ema:g} a step",
         "precision": options.precision,
         "minutes": facts["seconds"] / 60,
         "device": _device_name(next(trained.parameters()).device),
+        **({"recordings left out, as they can't be decoded": len(items.failed)} if items.failed else {}),
     }

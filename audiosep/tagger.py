@@ -263,6 +263,11 @@ class TaggedMixtures(Dataset[dict[str, Tensor]]):
     def __len__(self) -> int:
         return sum(len(dataset) for dataset in self.datasets)
 
+    @property
+    def failed(self) -> list[str]:
+        """The clips that could not be decoded so far, of all datasets."""
+        return sorted({id for dataset in self.datasets for id in dataset.failed})
+
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         if not 0 <= index < len(self):
             raise IndexError(index)

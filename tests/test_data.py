@@ -2,6 +2,7 @@
 
 import csv
 import pickle
+import warnings
 from itertools import pairwise
 
 import numpy as np
@@ -15,6 +16,7 @@ from audiosep.data import (
     Cache,
     MixtureDataset,
     SourceDataset,
+    Undecoded,
     active_spans,
     class_names,
     load_clip,
@@ -276,6 +278,39 @@ def test_a_mixture_never_goes_on_without_a_clip(corpus, tmp_path):
     items = read_manifest(corpus, root=tmp_path)
     with pytest.raises(AudioError, match="no such file"):
         MixtureDataset(items, "2sound", count=1, seed=0)[0]
+
+
+def test_mixtures_to_train_with_are_made_of_other_clips(items, damaged):
+    def clips(dataset):
+        return [item["ids"] for item in dataset]
+
+    plain = MixtureDataset(items, "1speech+1sound", count=30, seed=0)
+    skipping = MixtureDataset(items, "1speech+1sound", count=30, seed=0, skip=Undecoded(items))
+    assert all(torch.equal(a["sources"], b["sources"]) for a, b in zip(plain, skipping, strict=True))
+    assert skipping.failed == []
+    skip = Undecoded(damaged)
+    dataset = MixtureDataset(damaged, "1speech+1sound", count=30, seed=0, skip=skip)
+    with pytest.warns(UserWarning, match="left out of training") as caught:
+        drawn = clips(dataset)
+    assert len(caught) == 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        clips(MixtureDataset(damaged, "1speech+1sound", count=30, seed=1, skip=skip))
+    assert dataset.failed == ["sound/r1.wav", "speech/a1.flac"]
+    assert not {"sound/r1.wav", "speech/a1.flac"} & {id for ids in drawn for id in ids}
+    assert clips(dataset) == drawn  # known or not, the mixtures are the same
+    with pytest.raises(AudioError, match="can't be decoded"):
+        clips(MixtureDataset(damaged, "1speech+1sound", count=30, seed=0))
+
+
+@pytest.mark.filterwarnings("ignore:left out")
+def test_a_class_without_a_clip_that_decodes_is_left_out(damaged):
+    test = [item for item in damaged if item.split == "test"]
+    dataset = MixtureDataset(test, "2sound", count=20, seed=0, skip=Undecoded(test))
+    assert all(set(item["labels"]) == {"Gong", "Knock"} for item in dataset)
+    knocks = [item for item in test if item.label in ("Rain", "Knock")]
+    with pytest.raises(AudioError, match="silent or can't be decoded"):
+        MixtureDataset(knocks, "2sound", count=1, seed=0, skip=Undecoded(knocks))[0]
 
 
 # Training windows

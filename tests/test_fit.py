@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -127,6 +128,53 @@ def test_a_run_may_start_from_another_prior(tiny_prior, capsys):
     assert run("train", "tones.toml", "--set", "prior.start=other", "--set", "backbone.width=16", *settings) == 2
     assert "other is another network than the recipe's: size mismatch" in capsys.readouterr().err
     assert run("train", "tones.toml", "--set", "prior.start=none", *settings) == 3
+
+
+EXPERT = """
+[expert]
+task = "2sound"
+
+[network]
+name = "conv_tasnet"
+kernel = 32
+filters = 16
+bottleneck = 16
+hidden = 16
+layers = 1
+stacks = 1
+
+[data]
+manifest = "manifest.csv"
+segment = 0.5
+
+[train]
+max_steps = 4
+batch_size = 2
+log_every = 2
+probe_every = 4
+
+[probe]
+mixtures = 2
+
+[card]
+title = "Two sounds"
+"""
+
+
+@pytest.mark.parametrize("recipe", [RECIPE, EXPERT], ids=["prior", "expert"])
+def test_recordings_that_cannot_be_decoded_end_no_run(recipe, capsys):
+    Path("recipe.toml").write_text(recipe)
+    for i in (0, 1, 2, 4):  # to train with; the only one of its class to probe with
+        Path(f"Beep{i}.wav").write_bytes(b"RIFF")
+    settings = ["--set", "probe.samples=0"] if recipe is RECIPE else []
+    with pytest.warns(UserWarning, match="can't be decoded") as caught:
+        assert run("train", "recipe.toml", "-o", "made", "-d", "cpu", "--progress", "none", *settings) == 0
+    named = {re.match(r"left out of training: (Beep\d\.wav)", str(w.message))[1] for w in caught}
+    told = capsys.readouterr().err
+    assert re.search(r"no (held-out|separation) scores?: Beep4\.wav: silent or can't be decoded", told)
+    assert "probe/si_sdr" not in {key for row in read_log("made.run") for key in row}
+    facts = hub.read_config(Path("made"))["training"]
+    assert facts["recordings left out, as they can't be decoded"] == len(named - {"Beep4.wav"}) > 0
 
 
 @pytest.mark.slow
