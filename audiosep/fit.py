@@ -206,6 +206,14 @@ def build_expert(tables: Mapping[str, Any]) -> Expert:
 
 def _start(prior: Prior, other: Prior, name: str) -> None:
     """Take over the weights of `other`; classes by their names, one that it doesn't know begins as its null class."""
+    mine, theirs = _settled(prior), _settled(other)
+    differs = [
+        f"{key} = {theirs.get(key)!r}, the recipe has {mine.get(key)!r}"
+        for key in mine | theirs
+        if mine.get(key) != theirs.get(key)
+    ]
+    if differs:
+        raise UsageError(f"prior.start: {name} was trained with {'; '.join(differs)}: set what {name} has")
     known = {label.casefold(): i for i, label in enumerate(other.classes)}
     rows = [known.get(label.casefold(), other.null) for label in prior.classes]
     rows += [other.null] * (prior.null + 1 - len(rows))
@@ -213,11 +221,16 @@ def _start(prior: Prior, other: Prior, name: str) -> None:
         key: value[rows] if key.startswith("class_embeddings.") else value
         for key, value in other.backbone.state_dict().items()
     }
-    try:
-        prior.backbone.load_state_dict(weights)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[1].strip()
-        raise UsageError(f"prior.start: {name} is another network than the recipe's: {reason}") from error
+    prior.backbone.load_state_dict(weights)
+
+
+def _settled(prior: Prior) -> dict[str, Any]:
+    """What a prior's weights are for: with other settings they may fit, and be told wrong noise levels."""
+    config = prior.config
+    settings = {f"prior.{key}": config[key] for key in ("sample_rate", "level", "parameterization")}
+    settings |= {f"{part}.{key}": value for part in ("schedule", "backbone") for key, value in config[part].items()}
+    del settings["backbone.num_classes"]
+    return settings
 
 
 def _start_tagger(tagger: Tagger, name: str) -> None:

@@ -13,8 +13,9 @@ import pytest
 import soundfile
 import torch
 
-from audiosep import hub
+from audiosep import hub, recipe
 from audiosep.cli import main
+from audiosep.errors import UsageError
 from audiosep.fit import build_prior, draw
 from audiosep.separator import Separator
 from audiosep.train import read_log
@@ -123,10 +124,13 @@ def test_a_run_may_start_from_another_prior(tiny_prior, capsys):
     mine, theirs = prior.backbone.class_embeddings[0].weight, other.backbone.class_embeddings[0].weight
     assert torch.equal(mine, theirs[[2, 1, 3, 3]])
     assert torch.equal(prior.backbone.stem.weight, other.backbone.stem.weight)
-    settings = ["--set", "probe.mixtures=0", "--set", "probe.samples=0", "-d", "cpu", "-q"]
+    settings = [
+        word for s in ("probe.mixtures=0", "probe.samples=0", "backbone.adaln_zero=false") for word in ("--set", s)
+    ]
+    settings += ["-d", "cpu", "-q"]
     assert run("train", "tones.toml", "--set", "prior.start=other", *settings) == 0
-    assert run("train", "tones.toml", "--set", "prior.start=other", "--set", "backbone.width=16", *settings) == 2
-    assert "other is another network than the recipe's: size mismatch" in capsys.readouterr().err
+    assert run("train", "tones.toml", "--set", "prior.start=other", *settings, "--set", "backbone.width=16") == 2
+    assert "other was trained with backbone.width = 8, the recipe has 16: set what other has" in capsys.readouterr().err
     assert run("train", "tones.toml", "--set", "prior.start=none", *settings) == 3
 
 
@@ -161,12 +165,12 @@ title = "Two sounds"
 """
 
 
-@pytest.mark.parametrize("recipe", [RECIPE, EXPERT], ids=["prior", "expert"])
-def test_recordings_that_cannot_be_decoded_end_no_run(recipe, capsys):
-    Path("recipe.toml").write_text(recipe)
+@pytest.mark.parametrize("text", [RECIPE, EXPERT], ids=["prior", "expert"])
+def test_recordings_that_cannot_be_decoded_end_no_run(text, capsys):
+    Path("recipe.toml").write_text(text)
     for i in (0, 1, 2, 4):  # to train with; the only one of its class to probe with
         Path(f"Beep{i}.wav").write_bytes(b"RIFF")
-    settings = ["--set", "probe.samples=0"] if recipe is RECIPE else []
+    settings = ["--set", "probe.samples=0"] if text is RECIPE else []
     with pytest.warns(UserWarning, match="can't be decoded") as caught:
         assert run("train", "recipe.toml", "-o", "made", "-d", "cpu", "--progress", "none", *settings) == 0
     named = {re.match(r"left out of training: (Beep\d\.wav)", str(w.message))[1] for w in caught}
@@ -175,6 +179,36 @@ def test_recordings_that_cannot_be_decoded_end_no_run(recipe, capsys):
     assert "probe/si_sdr" not in {key for row in read_log("made.run") for key in row}
     facts = hub.read_config(Path("made"))["training"]
     assert facts["recordings left out, as they can't be decoded"] == len(named - {"Beep4.wav"}) > 0
+
+
+@pytest.mark.parametrize(
+    ("tables", "differs"),
+    [
+        ({"schedule": {"sigma_max": 2.6}}, r"schedule\.sigma_max = 1\.5, the recipe has 2\.6: set"),
+        (
+            {"schedule": {"name": "vp_linear"}},
+            r"schedule\.name = 've', the recipe has 'vp_linear'; schedule\.beta_start",
+        ),
+        ({"backbone": {"adaln_zero": True}}, r"backbone\.adaln_zero = False, the recipe has True"),
+        ({"prior": {"level": -30}}, r"prior\.level = -22\.5, the recipe has -30"),
+        ({"prior": {"sample_rate": 8000}}, r"prior\.sample_rate = 16000, the recipe has 8000"),
+        ({"prior": {"parameterization": "direct"}}, r"prior\.parameterization = 'edm', the recipe has 'direct'"),
+    ],
+)
+def test_a_run_starts_from_no_prior_of_other_settings(tables, differs, tiny_prior):
+    hub.save_prior(tiny_prior(), "other", {}, torch.float32)
+    net = {key: value for key, value in tiny_prior().backbone.config.items() if key != "name"}
+    plain = {"prior": {"start": "other", "parameterization": "edm"}, "backbone": net}
+    tables = plain | {name: plain.get(name, {}) | table for name, table in tables.items()}
+    with pytest.raises(UsageError, match=f"prior.start: other was trained with .*{differs}"):
+        build_prior(tables, [])
+
+
+@pytest.mark.parametrize("name", ["sound", "speech"])
+def test_your_own_sounds_may_start_from_a_shipped_prior(name):
+    tables = recipe.load(ROOT / "recipes/own/sound.toml", [f"prior.start={name}"])
+    prior = build_prior(tables, ["Bark", "Gargle"])
+    assert torch.equal(prior.backbone.stem.weight, hub.load_prior(name).backbone.stem.weight)
 
 
 @pytest.mark.slow
