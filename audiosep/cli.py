@@ -520,6 +520,9 @@ def train_command(
         typer.Option("-o", "--out", help="The new checkpoint; log and state go to OUT.run.  [default: runs/RECIPE]"),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run of OUT, if there is one.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a checkpoint that no run of OUT has made.")
+    ] = False,
     stop_after: Annotated[
         float | None, typer.Option(min=0.0, metavar="MINUTES", help="Stop then, to be resumed.")
     ] = None,
@@ -549,6 +552,7 @@ def train_command(
                 tables,
                 folder,
                 resume=resume,
+                overwrite=overwrite,
                 device=device,
                 stop_minutes=stop_after,
                 progress=shown.file(folder.name),

@@ -54,17 +54,24 @@ def fit(
     out: str | Path,
     *,
     resume: bool = False,
+    overwrite: bool = False,
     device: str = "auto",
     stop_minutes: float | None = None,
     progress: Callback | None = None,
 ) -> dict[str, Any]:
     """Train what a recipe describes and write its checkpoint to `out`; arguments and result as of `train.train`.
 
+    Args:
+        overwrite: replace a checkpoint in `out` that no run beside it has made.
+
     Raises:
         UsageError: a key of the recipe that nothing takes, or a value that doesn't fit.
     """
     out = Path(out)
-    if out.exists() and not (out / hub.CONFIG).exists() and any(out.iterdir()):
+    if (out / hub.CONFIG).exists():
+        if not overwrite and not (run_folder(out) / train.STATE).exists():
+            raise UsageError(f"{out} is a checkpoint of something else; choose another -o, or say --overwrite")
+    elif out.exists() and any(out.iterdir()):
         raise UsageError(f"{out} is there and not a checkpoint; choose another -o")
     how = {"resume": resume, "device": device, "stop_minutes": stop_minutes, "progress": progress}
     if "tagger" in tables:

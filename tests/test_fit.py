@@ -279,6 +279,28 @@ def test_a_folder_that_is_no_checkpoint_is_left_alone(capsys):
     assert [p.name for p in Path("mine").iterdir()] == ["thesis.txt"]
 
 
+def test_a_checkpoint_of_something_else_is_left_alone(tiny_prior, capsys):
+    hub.save_prior(tiny_prior(), "mine", {}, torch.float32)
+    settings = ["--set", "probe.mixtures=0", "--set", "probe.samples=0", "--set", "train.max_steps=1"]
+    command = ["train", "tones.toml", "-o", "mine", "-d", "cpu", "-q", *settings]
+    before = Path("mine/config.json").read_bytes()
+    for more in ([], ["--resume"]):
+        assert run(*command, *more) == 2
+        told = "mine is a checkpoint of something else; choose another -o, or say --overwrite"
+        assert told in capsys.readouterr().err
+    assert Path("mine/config.json").read_bytes() == before
+    assert run(*command, "--overwrite") == 0
+    assert hub.read_config(Path("mine"))["classes"] == ["Beep", "Hum"]
+    assert run(*command, "--resume") == 0  # its own
+    assert run(*command, "--overwrite") == 2
+    assert "mine.run holds a run: resume it" in capsys.readouterr().err
+
+
+def test_no_recipe_says_to_train_into_the_shipped_checkpoints():
+    for path in [*ROOT.glob("recipes/**/*.toml"), *ROOT.glob("recipes/**/*.md")]:
+        assert "-o checkpoints" not in path.read_text(encoding="utf-8"), path
+
+
 def test_drawing_from_the_exact_prior_of_white_noise_gives_its_level():
     class Zero(torch.nn.Module):
         num_classes, config = 0, {}
