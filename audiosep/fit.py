@@ -32,7 +32,7 @@ from audiosep.mixing import best_permutation
 from audiosep.prior import Prior
 from audiosep.progress import Callback
 from audiosep.recipe import build, check_tables
-from audiosep.separator import Separator
+from audiosep.separator import Separator, choose_device
 from audiosep.supervised.expert import Expert
 from audiosep.tagger import COUNTS, TaggedMixtures, Tagger, leaked
 
@@ -65,9 +65,10 @@ def fit(
         overwrite: replace a checkpoint in `out` that no run beside it has made.
 
     Raises:
-        UsageError: a key of the recipe that nothing takes, or a value that doesn't fit.
+        UsageError: a key of the recipe that nothing takes, a value that doesn't fit, a device that is not there.
     """
     out = Path(out)
+    choose_device(device)
     if (out / hub.CONFIG).exists():
         if not overwrite and not (run_folder(out) / train.STATE).exists():
             raise UsageError(f"{out} is a checkpoint of something else; choose another -o, or say --overwrite")

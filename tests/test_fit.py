@@ -279,6 +279,15 @@ def test_a_folder_that_is_no_checkpoint_is_left_alone(capsys):
     assert [p.name for p in Path("mine").iterdir()] == ["thesis.txt"]
 
 
+@pytest.mark.parametrize("device", ["cuda", "cuda:0", "mps", "gpu"])
+def test_a_device_that_is_not_there_is_not_trained_on(device, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert run("train", "tones.toml", "-d", device) == 2
+    assert re.search(f"device '{device}'( is not there|; use auto)", capsys.readouterr().err)
+    assert not Path("runs").exists()
+
+
 def test_a_checkpoint_of_something_else_is_left_alone(tiny_prior, capsys):
     hub.save_prior(tiny_prior(), "mine", {}, torch.float32)
     settings = ["--set", "probe.mixtures=0", "--set", "probe.samples=0", "--set", "train.max_steps=1"]
