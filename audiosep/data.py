@@ -353,6 +353,11 @@ class MixtureDataset(Dataset[dict[str, Any]]):
         return hashlib.sha256(names.encode()).hexdigest()[:16]
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """Which mixtures are made of the items, beside the task and the rate."""
+        return {"segment": self.segment, "level": self.level}
+
+    @property
     def failed(self) -> list[str]:
         """The clips that could not be decoded so far."""
         return self.skip.ids if self.skip else []
@@ -468,7 +473,7 @@ class SourceDataset(Dataset[dict[str, Any]]):
         if equaliser < 0 or not 0 <= room <= 1:
             raise UsageError(f"equaliser is dB above 0 and room a share in 0..1, got {equaliser} and {room}")
         self.count, self.seed, self.segment, self.sample_rate = count, seed, segment, sample_rate
-        self.join, self.level, self.gain = join, level, gain
+        self.balance, self.join, self.level, self.gain = balance, join, level, gain
         self.polarity, self.speed = polarity, speed
         self.equaliser, self.room = equaliser, room
         self.index = {name.casefold(): i for i, name in enumerate(classes)}
@@ -484,6 +489,12 @@ class SourceDataset(Dataset[dict[str, Any]]):
 
     def __len__(self) -> int:
         return self.count
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Which windows are drawn of the items, beside the rate and the classes."""
+        names = ("segment", "balance", "join", "level", "gain", "polarity", "speed", "equaliser", "room")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def failed(self) -> list[str]:

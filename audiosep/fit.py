@@ -42,6 +42,7 @@ TABLES = ("prior", "backbone", "schedule", "data", "train", "probe", "card")
 TAGGER_TABLES = ("tagger", "data", "train", "probe", "card")
 EXPERT_TABLES = ("expert", "network", "data", "train", "probe", "card")
 MANIFEST = ("manifest", "root", "kind", "least")  # keys of [data] that are not SourceDataset's
+LOSS = ("label_dropout", "focus")  # keys of [prior] that are of its loss, not of its config
 SHARES = ("alone", "masked")  # what [tagger] says of `TaggedMixtures`
 TAGGED_TASKS = ("1speech", "1sound", "2speech", "1speech+1sound", "2sound", "1speech+2sound", "3sound")
 FOREVER = 2**40  # windows of a run whose budget is time
@@ -108,7 +109,7 @@ def _fit_prior(tables: Mapping[str, Any], out: Path, **how: Any) -> dict[str, An
         save=save,
         probe=probe,
         level=lambda batch: prior.steps_of(batch["index"]) / (len(prior.schedule) - 1),
-        about={"prior": json.loads(json.dumps(prior.config)), "recordings": data.fingerprint()},
+        about=_about("prior", prior, data, windows) | {f"prior.{name}": getattr(prior, name) for name in LOSS},
         **how,
     )
 
@@ -136,7 +137,7 @@ def _fit_expert(tables: Mapping[str, Any], out: Path, **how: Any) -> dict[str, A
         options,
         save=save,
         probe=probe,
-        about={"expert": json.loads(json.dumps(expert.config)), "recordings": data.fingerprint()},
+        about=_about("expert", expert, data, mixtures),
         **how,
     )
 
@@ -166,8 +167,7 @@ def _fit_tagger(tables: Mapping[str, Any], out: Path, **how: Any) -> dict[str, A
         facts = _facts(options, mixtures, facts, average) | started
         hub.save_model(average, out, {**data.card(), **card, "metrics": probe.metrics(rows), "training": facts})
 
-    about = {"tagger": json.loads(json.dumps(tagger.config)), "recordings": data.fingerprint()}
-    about |= {"tasks": list(tasks)} | shares
+    about = _about("tagger", tagger, data, mixtures) | {"tasks": list(tasks)} | shares
     return train.train(tagger, mixtures, run_folder(out), options, save=save, probe=probe, about=about, **how)
 
 
@@ -269,6 +269,16 @@ def _named(makers: Mapping[str, Any], tables: Mapping[str, Any], table: str, def
     if name not in makers:
         raise UsageError(f"{table}.name is one of {', '.join(makers)}, got {name!r}")
     return build(makers[name], arguments, table, **more)
+
+
+def _about(
+    name: str, model: Prior | Expert | Tagger, data: _Data, items: SourceDataset | MixtureDataset | TaggedMixtures
+) -> dict[str, Any]:
+    """What a run that goes on must have as it had it: else the card would tell of the last settings alone."""
+    about = {name: model.config, "recordings": data.fingerprint()}
+    about |= {f"data.{key}": value for key, value in items.settings.items()}
+    plain: dict[str, Any] = json.loads(json.dumps(about))
+    return plain
 
 
 class _Data:

@@ -264,6 +264,11 @@ class TaggedMixtures(Dataset[dict[str, Tensor]]):
         return sum(len(dataset) for dataset in self.datasets)
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """Which mixtures are made of the items, beside the tasks and what is tagged."""
+        return self.datasets[0].settings
+
+    @property
     def failed(self) -> list[str]:
         """The clips that could not be decoded so far, of all datasets."""
         return sorted({id for dataset in self.datasets for id in dataset.failed})

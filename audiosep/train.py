@@ -384,7 +384,7 @@ class _Run:
         """Go on from a state; UsageError when it is another run's."""
         facts, tensors = _read(path)
         for key, value in self.same.items():
-            have = facts["same"].get(key)
+            have = facts["same"].get(key, value)  # older states tell of less
             if have != value:
                 raise UsageError(f"{path}: a run with {key} {have!r}, here {value!r}; it can't go on")
 

@@ -241,6 +241,17 @@ def test_a_run_goes_on(capsys):
     assert run("train", "tones.toml", *settings, "--stop-after", "0") == 0
     assert run("train", "tones.toml", *settings) == 2
     assert "--resume" in capsys.readouterr().err
+    for setting, told in {
+        "data.segment=0.25": "data.segment 0.5, here 0.25",
+        "data.level=[-30, -20]": "data.level [-25.0, -20.0], here [-30, -20]",
+        "data.speed=0.1": "data.speed 0.0, here 0.1",
+        "prior.label_dropout=0": "prior.label_dropout 0.1, here 0",
+        "prior.focus=0.6": "prior.focus 0.0, here 0.6",
+    }.items():
+        assert run("train", "tones.toml", *settings, "--resume", "--set", setting) == 2
+        assert f"a run with {told}; it can't go on" in capsys.readouterr().err
+    Path("manifest.csv").rename("moved.csv")
+    settings += ["--set", "data.manifest=moved.csv", "--set", "data.speed=0", "--set", "data.cache=cache"]
     assert run("train", "tones.toml", *settings, "--resume", "--json") == 0
     result = json.loads(capsys.readouterr().out)
     assert result["checkpoint"] == "runs/tones"

@@ -203,6 +203,8 @@ def test_what_cannot_be_resumed_is_refused(tmp_path):
         go(tmp_path, batch_size=8, resume=True, about={"data": "one"})
     with pytest.raises(UsageError, match="data 'one', here 'other'"):
         go(tmp_path, resume=True, about={"data": "other"})
+    with pytest.raises(UsageError, match="another network"):  # but not for what the state says nothing of
+        go(tmp_path, nn.Linear(2, 2), resume=True, about={"data": "one", "more": 2})
     wider = Model()
     wider.net[2] = nn.Linear(8, 6, bias=False)
     with pytest.raises(UsageError, match="another network"):
