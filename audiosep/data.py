@@ -292,6 +292,15 @@ class Undecoded:
         return [id for id, i in self.positions.items() if self.flags[i]]
 
 
+def _check_canvas(segment: float, sample_rate: int, level: tuple[float, float]) -> None:
+    """UsageError for a length in seconds or a range of dBFS that nothing has."""
+    if not 1 <= segment * sample_rate < float("inf"):
+        raise UsageError(f"segment is seconds above 0, got {segment}")
+    low, high = level
+    if not -float("inf") < low <= high < float("inf"):
+        raise UsageError(f"level is two numbers in dBFS, the lower first, got {low} and {high}")
+
+
 class MixtureDataset(Dataset[dict[str, Any]]):
     """Mixtures as the UnaSDiff paper makes them (Shi et al., AAAI 2026), from `items`.
 
@@ -326,6 +335,7 @@ class MixtureDataset(Dataset[dict[str, Any]]):
             raise UsageError(f"count is at least 1, got {count}")
         if seed < 0:
             raise UsageError(f"seed is at least 0, got {seed}")
+        _check_canvas(segment, sample_rate, level)
         self.task, self.count, self.seed = task, count, seed
         self.segment, self.sample_rate, self.level, self.skip = segment, sample_rate, level, skip
         self.n_speech, self.n_sound = parse_task(task)
@@ -468,6 +478,9 @@ class SourceDataset(Dataset[dict[str, Any]]):
             raise UsageError("no recordings to train on")
         if count < 1 or seed < 0:
             raise UsageError(f"count is at least 1 and seed at least 0, got {count} and {seed}")
+        _check_canvas(segment, sample_rate, level)
+        if not 0 <= join <= 1 or balance < 0:
+            raise UsageError(f"join is a share in 0..1 and balance at least 0, got {join} and {balance}")
         if not 0 <= speed < 1:
             raise UsageError(f"speed varies by less than 1, got {speed}")
         if equaliser < 0 or not 0 <= room <= 1:

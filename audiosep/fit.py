@@ -148,6 +148,8 @@ def _fit_tagger(tables: Mapping[str, Any], out: Path, **how: Any) -> dict[str, A
     torch.manual_seed(options.seed)
     table = dict(tables["tagger"])
     prior, tasks = hub.load_prior(table.pop("of", "sound")), table.pop("tasks", TAGGED_TASKS)
+    if not tasks:
+        raise UsageError("tagger.tasks is a list of what the mixtures hold, as in 1speech+1sound, got none")
     shares = {name: table.pop(name, 0.0) for name in SHARES}
     start = table.pop("start", None)
     tagger = build(Tagger, table, "tagger", classes=prior.classes, sample_rate=prior.sample_rate)
@@ -303,7 +305,9 @@ class _Data:
         return read_manifest(self.own["manifest"], self.own.get("root"), split, kind or self.kind)
 
     def classes(self) -> list[str]:
-        return class_names(self.train, self.own.get("least", 5))
+        return build(
+            class_names, {key: self.own[key] for key in ("least",) if key in self.own}, "data", items=self.train
+        )
 
     def windows(self, items: Sequence[Item], count: int, seed: int, prior: Prior) -> SourceDataset:
         return build(
@@ -388,6 +392,8 @@ class Probe:
         partner: str | None = None,
         batch: int = 8,
     ) -> None:
+        _at_least(0, windows=windows, samples=samples, mixtures=mixtures)
+        _at_least(1, levels=levels, steps=steps, batch=batch)
         self.folder, self.samples, self.steps, self.batch = folder / "samples", samples, steps, batch
         self.segment = float(data.table.get("segment", 4.0))
         assert data.kind is not None
@@ -512,6 +518,8 @@ class ExpertProbe:
     """
 
     def __init__(self, data: _Data, expert: Expert, mixtures: int = 32, batch: int = 4) -> None:
+        _at_least(0, mixtures=mixtures)
+        _at_least(1, batch=batch)
         self.batch, self.task = batch, expert.task
         self.mixtures: list[dict[str, Any]] = []
         if data.valid and mixtures:
@@ -564,6 +572,9 @@ class TaggerProbe:
     """
 
     def __init__(self, data: _Data, tagger: Tagger, tasks: Sequence[str], mixtures: int = 40, batch: int = 16) -> None:
+        _at_least(1, batch=batch)
+        if mixtures < 0 or mixtures == 1:
+            raise UsageError(f"mixtures is 0, or at least 2: half of them choose the threshold, got {mixtures}")
         self.batch, self.count = batch, mixtures // 2
         self.tasks = [task for task in dict.fromkeys(tasks) if sum(parse_task(task)) > 1]
         self.mixtures: TaggedMixtures | None = None
@@ -673,6 +684,12 @@ def draw(prior: Prior, labels: Sequence[int], length: int, steps: int = 50, seed
         clean = prior.denoise(alpha * x, t.expand(len(labels)), label)
         x = clean + following / s * (x - clean)
     return x
+
+
+def _at_least(least: int, **numbers: int) -> None:
+    for name, number in numbers.items():
+        if number < least:
+            raise UsageError(f"{name} is at least {least}, got {number}")
 
 
 def _first(dataset: train.Items, count: int, without: str) -> list[dict[str, Any]]:

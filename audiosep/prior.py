@@ -90,6 +90,8 @@ class Prior(nn.Module):
         self.kind, self.parameterization = kind, parameterization
         if not 0 <= focus < 1:
             raise ValueError(f"focus lies in 0..1, below 1, not {focus}")
+        if not 0 <= label_dropout <= 1:
+            raise ValueError(f"label_dropout lies in 0..1, not {label_dropout}")
         self.label_dropout, self.focus = label_dropout, focus
         self.origin: dict[str, Any] = {}  # name, folder, hash: where it was loaded from, for reports
         self.null = int(getattr(backbone, "num_classes", 0))  # the null class's number

@@ -24,6 +24,12 @@ PLAIN = {
     "str": ((str,), "text"),
     "bool": ((bool,), "true or false"),
 }
+# Of lists: of what, how many, and the name.
+LISTS = {
+    "list[str]": ("str", None, "a list of texts"),
+    "Sequence[int]": ("int", None, "a list of whole numbers"),
+    "tuple[float, float]": ("float", 2, "a list of two numbers"),
+}
 
 
 def load(path: str | Path, settings: Iterable[str] = ()) -> dict[str, Any]:
@@ -94,13 +100,20 @@ def build(make: Callable[..., Made], table: Mapping[str, Any], where: str, **mor
 def _check_type(annotation: Any, value: Any, where: str) -> None:
     """UsageError for a value that is not of an annotation such as "int" or "float | None"; others say nothing here."""
     words = (annotation.__name__ if isinstance(annotation, type) else str(annotation)).split(" | ")
-    plain = [word for word in words if word in PLAIN]
-    if not plain or not {*words} <= {*PLAIN, "None"}:
+    known = [word for word in words if word in {*PLAIN, *LISTS}]
+    if not known or not {*words} <= {*known, "None"}:
         return
-    # Not isinstance: True is an int to Python.
-    if not any(type(value) in PLAIN[word][0] for word in plain) or value != value:
-        names = [PLAIN[word][1] for word in plain] + ["left out"] * ("None" in words)
+    if not any(_is(word, value) for word in known):
+        names = [(PLAIN.get(word) or LISTS[word])[-1] for word in known] + ["left out"] * ("None" in words)
         raise UsageError(f"{where} is {' or '.join(names)}, got {value!r}")
+
+
+def _is(word: str, value: Any) -> bool:
+    """Whether a value is of a type that is named as in `PLAIN` and `LISTS`."""
+    if word in LISTS:
+        one, count, _ = LISTS[word]
+        return isinstance(value, list | tuple) and count in (None, len(value)) and all(_is(one, v) for v in value)
+    return type(value) in PLAIN[word][0] and value == value  # not isinstance: True is an int to Python
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:

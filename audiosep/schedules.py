@@ -63,6 +63,10 @@ class Schedule:
 
 def vp_linear(steps: int = 200, beta_start: float = 1e-4, beta_end: float = 2e-2) -> Schedule:
     """The published schedule: variance preserving, beta linear from `beta_start` to `beta_end`, ends included."""
+    if steps < 1 or not 0 < beta_start <= beta_end < 1:
+        raise ValueError(
+            f"steps is at least 1 and 0 < beta_start <= beta_end < 1, not {steps}, {beta_start}, {beta_end}"
+        )
     betas = torch.linspace(beta_start, beta_end, steps, dtype=torch.float64)
     kept = torch.cumprod(1 - betas, 0)
     config = {"name": "vp_linear", "steps": steps, "beta_start": beta_start, "beta_end": beta_end}
@@ -71,6 +75,8 @@ def vp_linear(steps: int = 200, beta_start: float = 1e-4, beta_end: float = 2e-2
 
 def ve(steps: int = 200, sigma_min: float = 1e-3, sigma_max: float = 1.5) -> Schedule:
     """Variance exploding, levels evenly spaced on a logarithmic scale."""
+    if steps < 1 or not 0 < sigma_min < sigma_max < np.inf:
+        raise ValueError(f"steps is at least 1 and 0 < sigma_min < sigma_max, not {steps}, {sigma_min}, {sigma_max}")
     ratio = torch.logspace(np.log10(sigma_min), np.log10(sigma_max), steps, dtype=torch.float64)
     ratio[-1] = sigma_max  # a single step is the noisiest, not the cleanest
     config = {"name": "ve", "steps": steps, "sigma_min": sigma_min, "sigma_max": sigma_max}

@@ -43,6 +43,9 @@ __all__ = ["LOG", "STATE", "Options", "read_log", "train"]
 STATE, LOG = "state.safetensors", "log.jsonl"
 LEVELS = 8  # bins of the noise level in the log
 PREFETCH = 2  # batches that a worker prepares ahead, in shared memory
+# What options must be at least.
+LEAST = dict.fromkeys(("max_steps", "batch_size", "accumulate", "log_every", "save_every"), 1)
+LEAST |= dict.fromkeys(("learning_rate", "weight_decay", "warmup", "workers", "seed", "probe_every"), 0)
 AGREE = 10  # steps between two agreements of several processes on time and signals
 
 log = logging.getLogger("audiosep.train")
@@ -108,9 +111,18 @@ class Options:
     def __post_init__(self) -> None:
         if self.max_steps is None and self.max_minutes is None:
             raise UsageError("max_steps or max_minutes has to be set")
-        for name in ("batch_size", "accumulate", "log_every", "save_every"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} is at least 1, got {getattr(self, name)}")
+        for name, least in LEAST.items():
+            value = getattr(self, name)
+            if value is not None and not least <= value < math.inf:
+                raise UsageError(f"{name} is at least {least}, got {value}")
+        for name in ("max_minutes", "clip"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UsageError(f"{name} is above 0, got {value}")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise UsageError(f"betas are two numbers in 0..1, below 1, got {list(self.betas)}")
+        if not 0 <= self.floor <= 1:
+            raise UsageError(f"floor lies in 0..1, got {self.floor}")
         if self.decay not in ("cosine", "constant"):
             raise UsageError(f"decay is 'cosine' or 'constant', got {self.decay!r}")
         if self.precision not in ("no", "bf16", "fp16"):

@@ -1,5 +1,7 @@
 """Recipes: tables are keyword arguments, settings change them, nothing is silently left out."""
 
+from collections.abc import Sequence
+
 import pytest
 
 from audiosep import distributed, recipe
@@ -64,12 +66,28 @@ def test_errors_name_the_key(tmp_path):
         ("rate", False, r"net\.rate is a number"),
         ("name", 3, r"net\.name is text, got 3"),
         ("on", "no", r"net\.on is true or false, got 'no'"),
+        ("names", 5, r"net\.names is text or a list of texts or left out, got 5"),
+        ("names", ["a", 5], r"net\.names is text or a list of texts or left out, got \['a', 5\]"),
+        ("sizes", 3, r"net\.sizes is a list of whole numbers, got 3"),
+        ("span", [1], r"net\.span is a list of two numbers, got \[1\]"),
+        ("span", [1, True], r"net\.span is a list of two numbers"),
     ],
 )
 def test_values_of_another_type_are_refused(key, value, message):
-    def made(width: int = 4, rate: float | None = None, name: str = "", on: bool = False, more: dict | str = ""):
+    def made(
+        width: int = 4,
+        rate: float | None = None,
+        name: str = "",
+        on: bool = False,
+        more: dict | str = "",
+        names: "str | list[str] | None" = None,
+        sizes: "Sequence[int]" = (),
+        span: "tuple[float, float]" = (0, 1),
+    ):
         return width, rate, name, on, more
 
+    recipe.build(made, {"names": ["a", "b"], "sizes": [1, 2], "span": [1, 2.5]}, "net")
+    recipe.build(made, {"names": "a", "sizes": (), "span": (1, 2)}, "net")
     assert recipe.build(made, {"rate": 3, "width": 2, "on": True, "more": 5}, "net") == (2, 3, "", True, 5)
     with pytest.raises(UsageError, match=message):
         recipe.build(made, {key: value}, "net")

@@ -59,6 +59,8 @@ class Attention(nn.Module):
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
+        if dim % (2 * heads):
+            raise ValueError(f"{dim} channels can't be shared by {heads} heads, an even number each")
         self.heads = heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.out = nn.Linear(dim, dim)

@@ -150,6 +150,12 @@ class TriplePathUNet(nn.Module):
         super().__init__()
         if head not in ("direct", "mask"):
             raise ValueError(f"head is 'direct' or 'mask', not {head!r}")
+        if min(width, heads, condition_dim, squeeze) < 1 or num_classes < 0:
+            raise ValueError("width, heads, condition_dim and squeeze are at least 1, num_classes at least 0")
+        if width % 2:
+            raise ValueError(f"width is even, not {width}")
+        if len(depth) != 5 or len(patch) != 2 or min(*depth, *patch) < 1:
+            raise ValueError(f"depth is five numbers and patch two, at least 1 each, not {depth} and {patch}")
         bins = n_fft // 2 + 1
         if bins % (4 * FOLD * patch[0]):
             raise ValueError(f"{bins} bins (n_fft {n_fft}) are not a multiple of {4 * FOLD * patch[0]}")
