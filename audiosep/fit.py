@@ -70,10 +70,11 @@ def fit(
     """
     out = Path(out)
     choose_device(device)
+    run = run_folder(out)
     if (out / hub.CONFIG).exists():
-        if not overwrite and not (run_folder(out) / train.STATE).exists():
+        if not overwrite and not (run / train.STATE).exists():
             raise UsageError(f"{out} is a checkpoint of something else; choose another -o, or say --overwrite")
-    elif out.exists() and any(out.iterdir()):
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} is there and not a checkpoint; choose another -o")
     how = {"resume": resume, "device": device, "stop_minutes": stop_minutes, "progress": progress}
     if "tagger" in tables:
@@ -185,7 +186,9 @@ def _fit_nmf(tables: Mapping[str, Any], out: Path, progress: Callback | None) ->
 
 
 def run_folder(out: str | Path) -> Path:
-    """Where the run of a checkpoint keeps its state and its log."""
+    """Where the run of a checkpoint keeps its state and its log; UsageError where it would have no name."""
+    if Path(out).name in ("", ".."):
+        raise UsageError(f"{out} has no name that a run's folder could have; choose another -o")
     return Path(out).with_name(f"{Path(out).name}.run")
 
 

@@ -315,6 +315,14 @@ def test_a_folder_that_is_no_checkpoint_is_left_alone(capsys):
     assert run("train", "tones.toml", "-o", "mine", "-d", "cpu") == 2
     assert "not a checkpoint" in capsys.readouterr().err
     assert [p.name for p in Path("mine").iterdir()] == ["thesis.txt"]
+    assert run("train", "tones.toml", "-o", "mine/thesis.txt", "-d", "cpu") == 2
+    assert "not a checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("out", [".", "..", "/", "mine/.."])
+def test_a_run_needs_a_name(out, capsys):
+    assert run("train", "tones.toml", "-o", out, "-d", "cpu") == 2
+    assert f"{out} has no name that a run's folder could have; choose another -o" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:0", "mps", "gpu"])

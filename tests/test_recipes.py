@@ -418,6 +418,14 @@ def test_own_sounds_from_folders_to_a_prior_that_separates(tmp_path, monkeypatch
     assert "held-out denoising loss" in capsys.readouterr().out
 
 
+def test_own_says_that_the_manifest_cannot_be_written(tmp_path, capsys):
+    touch_audio(tmp_path / "sounds/Bark/a.wav")
+    (tmp_path / "file").touch()
+    for output in (tmp_path / "file/own.csv", tmp_path):
+        assert prepare("own").main(["--root", str(tmp_path / "sounds"), "-o", str(output)]) == 1
+        assert re.search(r"^/.*: (Not a directory|File exists|Is a directory)$", capsys.readouterr().err)
+
+
 def test_own_voices_hold_out_whole_speakers(tmp_path, capsys):
     for i in range(10):
         touch_audio(tmp_path / f"voices/s{i}/take/a.wav")

@@ -42,7 +42,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{root}: no recordings ({', '.join(SUFFIXES)}) that can be opened", file=sys.stderr)
         return 1
     hold_out(rows, options.kind)
-    write_manifest(rows, COLUMNS, options.output)
+    try:
+        write_manifest(rows, COLUMNS, options.output)
+    except OSError as error:
+        print(f"{error.filename}: {error.strerror}", file=sys.stderr)
+        return 1
     for label in sorted({row["speaker_or_class"] for row in rows}):
         chosen = [row for row in rows if row["speaker_or_class"] == label]
         valid = sum(row["split"] == "valid" for row in chosen)
