@@ -16,7 +16,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -406,8 +407,7 @@ class Probe:
         self.levels = [top * (k + 0.5) / levels for k in range(levels)]
         self.windows: list[dict[str, Any]] = []
         if data.valid and windows:
-            held_out = data.windows(data.valid, windows, 0, prior)
-            self.windows = _first(held_out, windows, "no held-out losses")
+            self.windows = _held_out("no held-out losses", data.windows, data.valid, windows, 0, prior)
         self.mixtures: list[dict[str, Any]] = []
         self.named = False
         if data.valid and mixtures:
@@ -452,13 +452,10 @@ class Probe:
             items += data.items("valid", other)
             known = (*prior.classes, *self.partner.classes)
         self.known = {name.casefold() for name in known}
-        skip, rate = Undecoded(items), prior.sample_rate
-        try:
-            mixed = MixtureDataset(items, self.task, count, 0, self.segment, rate, known or None, skip=skip)
-        except UsageError as error:
-            log.warning("no separation score: %s", error)
-            return
-        self.mixtures = _first(mixed, count, "no separation score")
+        make = partial(MixtureDataset, classes=known or None, skip=Undecoded(items))
+        self.mixtures = _held_out(
+            "no separation score", make, items, self.task, count, 0, self.segment, prior.sample_rate
+        )
 
     @torch.no_grad()
     def _losses(self, prior: Prior) -> list[float]:
@@ -526,12 +523,7 @@ class ExpertProbe:
         self.batch, self.task = batch, expert.task
         self.mixtures: list[dict[str, Any]] = []
         if data.valid and mixtures:
-            try:
-                mixed = data.mixtures(data.valid, expert, mixtures, 0)
-            except UsageError as error:
-                log.warning("no held-out scores: %s", error)
-                return
-            self.mixtures = _first(mixed, mixtures, "no held-out scores")
+            self.mixtures = _held_out("no held-out scores", data.mixtures, data.valid, expert, mixtures, 0)
 
     @torch.no_grad()
     def __call__(self, average: torch.nn.Module, step: int, board: Any) -> dict[str, float]:
@@ -695,11 +687,12 @@ def _at_least(least: int, **numbers: int) -> None:
             raise UsageError(f"{name} is at least {least}, got {number}")
 
 
-def _first(dataset: train.Items, count: int, without: str) -> list[dict[str, Any]]:
-    """Items that the first process probes with; none, and a warning, where their recordings can't be decoded."""
+def _held_out(without: str, make: Callable[..., train.Items], *arguments: Any) -> list[dict[str, Any]]:
+    """The items that the first process probes with; none, and a warning, where the recordings don't do for them."""
     try:
-        return [dataset[i] for i in range(count)] if distributed.rank() == 0 else []
-    except AudioError as error:
+        dataset = make(*arguments)
+        return [dataset[i] for i in range(len(dataset))] if distributed.rank() == 0 else []
+    except (AudioError, UsageError) as error:
         log.warning("%s: %s", without, error)
         return []
 

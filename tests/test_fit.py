@@ -211,6 +211,15 @@ def test_your_own_sounds_may_start_from_a_shipped_prior(name):
     assert torch.equal(prior.backbone.stem.weight, hub.load_prior(name).backbone.stem.weight)
 
 
+def test_held_out_recordings_that_cannot_be_decoded_end_no_run(capsys):
+    for name in ("Beep4.wav", "Hum4.wav"):
+        Path(name).write_bytes(b"RIFF")
+    for more in ([], ["--set", "data.cache=cache"]):
+        with pytest.warns(UserWarning, match="can't be decoded"):
+            assert run("train", "tones.toml", "-o", f"made{len(more)}", "-d", "cpu", "--progress", "none", *more) == 0
+        assert re.search(r"no held-out losses: .*\n.*no separation score: ", capsys.readouterr().err)
+
+
 @pytest.mark.slow
 def test_two_processes_train_one_prior():
     settings = [
