@@ -46,6 +46,7 @@ RIVALS = {
     "outside the corpus: ": HERE.parent / "outside/results/summary.json",
 }
 EARLIER = {
+    "labels": "the sound prior told the classes",
     "even-leaks": "a classifier that was trained without faulty masks",
     "even-guidance": "class guidance as far at all noise, no last step by low rank beside a voice",
     "sampled": "sampling to the end, in 24 steps",
