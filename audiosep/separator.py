@@ -534,8 +534,8 @@ class Separator:
     def sampler_for(self, sources: Sequence[Source]) -> Sampler:
         """The sampler of these sources, with the settings asked for.
 
-        Priors of sources that class guidance tells apart are not told the class: what they know of it, from the
-        recordings that they were trained on, misleads on others.
+        Priors of sources that class guidance tells apart are not told the class: what they know of it is what the
+        recordings were like that they were trained on.
         """
         guides = self._guides(sources)
         told = {k for group, _ in guides for k in group}
