@@ -74,7 +74,9 @@ def fit(
     run = run_folder(out)
     if (out / hub.CONFIG).exists():
         if not overwrite and not (run / train.STATE).exists():
-            raise UsageError(f"{out} is a checkpoint of something else; choose another -o, or say --overwrite")
+            raise UsageError(
+                f"{out} is a checkpoint that no run beside it has made; choose another -o, or say --overwrite"
+            )
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} is there and not a checkpoint; choose another -o")
     how = {"resume": resume, "device": device, "stop_minutes": stop_minutes, "progress": progress}

@@ -152,6 +152,7 @@ def load_prior(name: str | Path, device: str | torch.device = "cpu", dtype: torc
             level=config["level"],
             kind=config["kind"],
             parameterization=config["parameterization"],
+            label_dropout=config.get("label_dropout", 0.1),  # as all that don't say it were trained
         )
     except ValueError as error:
         raise ModelError(f"{folder / CONFIG}: {error}") from error
@@ -373,7 +374,9 @@ def import_unasdiff(source: str | Path | Mapping[str, Any]) -> Prior:
     classes = () if speech else FSD_LABELS[:num_classes]
     schedule = vp_linear(steps=200, beta_start=1e-4, beta_end=2e-2)
     kind = "speech" if speech else "sound"
-    return Prior(backbone, schedule, sample_rate=16000, classes=classes, level=-22.5, kind=kind).eval()
+    # What its null row for sound was trained on isn't known.
+    facts: dict[str, Any] = {"sample_rate": 16000, "classes": classes, "level": -22.5, "kind": kind}
+    return Prior(backbone, schedule, **facts, label_dropout=0.0).eval()
 
 
 # Part of a published name -> ours; embeddings are counted from 1 there.
@@ -615,6 +618,7 @@ def _config(prior: Prior, card: Mapping[str, Any]) -> dict[str, Any]:
         "sample_rate": prior.sample_rate,
         "level": prior.level,
         "parameterization": prior.parameterization,
+        "label_dropout": prior.label_dropout,
         "classes": list(prior.classes),
         "backbone": {"name": _name(BACKBONES, prior.backbone), **arguments},
         "schedule": dict(prior.schedule.config),

@@ -141,7 +141,8 @@ class Separator:
         overlap: fraction of a segment shared with the next, 0..0.5.
         samples: runs of the sampler that a stem is made of; None is the preset's own number.
         guidance: how far tagger and classifier move estimates towards their own classes in each step, less at less
-            noise, 0 for not at all (see `audiosep.guidance`); None is the preset's own. Only the default preset's own
+            noise, 0 for not at all (see `audiosep.guidance`); None is the preset's own. Where they do, priors are not
+            told the class. Only the default preset's own
             sampler has it, for sources of two classes at least that both know.
         low_rank: how far estimates move, in each step but the noisiest, towards spectrograms of low rank, 0..1, 0 for
             not at all; the last step moves sounds alone, among themselves, where there are several, four times as far,
@@ -535,10 +536,11 @@ class Separator:
         """The sampler of these sources, with the settings asked for.
 
         Priors of sources that class guidance tells apart are not told the class: what they know of it is what the
-        recordings were like that they were trained on.
+        recordings were like that they were trained on. Those that were never trained without it are.
         """
         guides = self._guides(sources)
         told = {k for group, _ in guides for k in group}
+        told = {k for k in told if self.priors[sources[k].prior].label_dropout}
         labels = [None if k in told else source.label for k, source in enumerate(sources)]
         joint = JointPrior([(self.priors[source.prior], label) for source, label in zip(sources, labels)], self.dtype)
         if self.mixing is None:

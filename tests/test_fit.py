@@ -350,7 +350,7 @@ def test_a_checkpoint_of_something_else_is_left_alone(tiny_prior, capsys):
     before = Path("mine/config.json").read_bytes()
     for more in ([], ["--resume"]):
         assert run(*command, *more) == 2
-        told = "mine is a checkpoint of something else; choose another -o, or say --overwrite"
+        told = "mine is a checkpoint that no run beside it has made; choose another -o, or say --overwrite"
         assert told in capsys.readouterr().err
     assert Path("mine/config.json").read_bytes() == before
     assert run(*command, "--overwrite") == 0

@@ -1,9 +1,9 @@
 """What the shipped default has over earlier ones (results/earlier/*) and over the shipped rivals
 (../unasdiff/results/rivals), on the mixtures that both separated.
 
+- labels: the sound prior was told the classes, as in all that follow.
 - deterministic: the sampler that renewed no noise; sounds as they came out; the sound prior after 6,630 steps.
 - unguided: no class guidance, and the tagger alone named the stems.
-- labels: as all that follow, the sound prior was told the classes.
 - even-leaks: as all that follow, the classifier was trained without faulty masks.
 - even-guidance: as all that follow, class guidance took steps of 0.3 at all noise, and where a voice was low-rank
   guidance had no last step.
