@@ -418,13 +418,16 @@ def test_evaluate(monkeypatch, capsys, tmp_path):
         seen.append((tables, out))
         return [{"mean": 1.5}]
 
-    table = types.SimpleNamespace(table=lambda summaries, published: f"mean {summaries[0]['mean']} {published}")
+    table = types.SimpleNamespace(
+        table=lambda summaries, published: f"mean {summaries[0]['mean']} {published}",
+        notes=lambda summaries, published: ["one left out"],
+    )
     for name, module in (("evaluate", types.SimpleNamespace(run=run_evaluate)), ("results", table)):
         monkeypatch.setitem(sys.modules, f"audiosep.{name}", module)
         monkeypatch.setattr(audiosep, name, module, raising=False)
     arguments = "--task 2speech --task 2sound --count 3 --seed 4 -n a,./b --steps 5 -o r"
     assert run("evaluate", *arguments.split()) == 0
-    assert capsys.readouterr().out == "mean 1.5 {}\nr/report.html\n"
+    assert capsys.readouterr().out == "mean 1.5 {}\none left out\nr/report.html\n"
     asked = {"manifest": "data/open16k.csv", "tasks": ["2speech", "2sound"], "count": 3, "seed": 4}
     separators = {"a+b": {"models": "a,./b", "steps": 5}}
     assert seen.pop() == ({"evaluate": asked, "separators": separators}, Path("r"))
