@@ -355,15 +355,9 @@ def evaluate(
             wanted: dict[str, Any] = {"evaluate": {"metrics": ()}}
             for setting in settings or []:
                 override(wanted, setting)
-            beside: dict[str, Any] = {
-                "--task": task,
-                "--count": count,
-                "--seed": seed,
-                "--length": length,
-                "--manifest": manifest,
-            }
-            beside |= {"--sampler": sampler, "--steps": steps, "--samples": samples}
-            for name, value in beside.items():
+            beside: list[Any] = [task, count, seed, length, manifest, sampler, steps, samples]
+            names = "--task --count --seed --length --manifest --sampler --steps --samples"
+            for name, value in zip(names.split(), beside, strict=True):
                 _refuse_both(value is not None, name, True, "--estimates")
             _refuse_both(model != DEFAULT_MODELS, "-n", True, "--estimates")
             more = wanted["evaluate"].pop("metrics")

@@ -142,8 +142,8 @@ class Separator:
         samples: runs of the sampler that a stem is made of; None is the preset's own number.
         guidance: how far tagger and classifier move estimates towards their own classes in each step, less at less
             noise, 0 for not at all (see `audiosep.guidance`); None is the preset's own. Where they do, priors are not
-            told the class. Only the default preset's own
-            sampler has it, for sources of two classes at least that both know.
+            told the class. Only the default preset's own sampler has it, for sources of two classes at least that both
+            know.
         low_rank: how far estimates move, in each step but the noisiest, towards spectrograms of low rank, 0..1, 0 for
             not at all; the last step moves sounds alone, among themselves, where there are several, four times as far,
             the whole way at most (see `audiosep.lowrank`). None is the preset's own. Only the default preset's own
@@ -539,10 +539,12 @@ class Separator:
         recordings were like that they were trained on. Those that were never trained without it are.
         """
         guides = self._guides(sources)
-        told = {k for group, _ in guides for k in group}
-        told = {k for k in told if self.priors[sources[k].prior].label_dropout}
-        labels = [None if k in told else source.label for k, source in enumerate(sources)]
-        joint = JointPrior([(self.priors[source.prior], label) for source, label in zip(sources, labels)], self.dtype)
+        guided = {k for group, _ in guides for k in group}
+        asked: list[tuple[Prior, int | None]] = []
+        for k, source in enumerate(sources):
+            prior = self.priors[source.prior]
+            asked.append((prior, None if k in guided and prior.label_dropout else source.label))
+        joint = JointPrior(asked, self.dtype)
         if self.mixing is None:
             sampler = self._build(joint)
             steer = self._steer(sources, guides, sampler.ratios[-2])
@@ -600,10 +602,8 @@ class Separator:
         self, sources: Sequence[Source], guides: Sequence[tuple[list[int], ClassGuidance]], last: float
     ) -> Callable[[Tensor, float], Tensor] | None:
         """Class guidance, then low-rank guidance of all; `last` is the noise of the last step."""
-        low_rank, placed = (
-            self._low_rank(sources),
-            [(torch.tensor(k, device=self.device), guide) for k, guide in guides],
-        )
+        low_rank = self._low_rank(sources)
+        placed = [(torch.tensor(group, device=self.device), guide) for group, guide in guides]
         sounds = [k for k, source in enumerate(sources) if self.priors[source.prior].kind not in RANKS]
         among, index = self._low_rank([sources[k] for k in sounds]), torch.tensor(sounds, device=self.device)
 
