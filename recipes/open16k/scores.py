@@ -1,4 +1,4 @@
-"""Fill in the numbers of the main README and of ../unasdiff's, from the files that evaluations wrote.
+"""Fill in the numbers of the main README, of this recipe's and of ../unasdiff's, from the files that commands wrote.
 
 What stands between `<!-- NAME -->` and `<!-- /NAME -->` is replaced by the table of that name:
 
@@ -8,8 +8,11 @@ What stands between `<!-- NAME -->` and `<!-- /NAME -->` is replaced by the tabl
   `compare.py`).
 - example: the recording of the first minute (`../example/result.json`).
 - published: the default beside the paper's sampler.
+- posterior and cost: a known posterior, and what the command takes (`../benchmark`).
+- told, in README.md here: how well the listeners tell held-out stems apart (`results/told*.jsonl`, by `told.py`).
 - methods and samplers, in ../unasdiff/README.md: Table 2 with the shipped priors (`../unasdiff/results/table2`) and
   what is shipped beside them (`../unasdiff/results/rivals`).
+- shipped, in ../unasdiff/rivals.md: those alone, on 1 speech + 1 sound.
 
 Run: python recipes/open16k/scores.py
 """
@@ -73,8 +76,13 @@ def summaries(path: Path) -> list[dict[str, Any]]:
     return found
 
 
+def read(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file with one per line."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
 @functools.cache
-def shipped() -> dict[str, str]:
+def listeners() -> dict[str, str]:
     """Hashes of today's tagger and classifier."""
     return {name: hub.load_model(name).origin["sha256"] for name in (TAGGER, CLASSIFIER)}
 
@@ -83,7 +91,7 @@ def current(found: dict[str, Any]) -> dict[str, Any]:
     """The summary, if it is of the classifiers and constants of today; SystemExit otherwise."""
     _, sounds = parse_task(found["task"])
     today = {
-        "classifiers": {name: digest for name, digest in shipped().items() if sounds > 1 or name == TAGGER},
+        "classifiers": {name: digest for name, digest in listeners().items() if sounds > 1 or name == TAGGER},
         "exchange": {"likeness": LIKENESS, "lead": LEAD},
         "guidance": guidance_facts(GUIDANCE),
         "low rank": low_rank_facts(LOW_RANK, sounds),
@@ -136,8 +144,8 @@ def scores() -> str:
 
 def differences() -> str:
     """The table `differences`."""
-    lines = (HERE / "results/earlier/differences.jsonl").read_text(encoding="utf-8").splitlines()
-    found = {(row["earlier"], row["task"], row["score"]): row for row in map(json.loads, lines)}
+    lines = read(HERE / "results/earlier/differences.jsonl")
+    found = {(row["earlier"], row["task"], row["score"]): row for row in lines}
     rows = []
     for earlier, name in EARLIER.items():
         score = "si_sdr_permuted" if earlier in BEST_ORDER else "si_sdr"
@@ -167,18 +175,17 @@ def measured(task: str) -> dict[str, dict[str, Any]]:
     folder = HERE.parent / f"unasdiff/results/table2/{task}"
     if not folder.exists():
         return {}
-    headers = {row["separator"]: row for row in summaries(folder / "summary.json")}
-    count = min(row["count"] for row in headers.values())
-    rivals = RIVALS[""]
-    headers |= {row["separator"]: row for row in summaries(rivals) if row["task"] == task}
-    rows: dict[str, list[dict[str, Any]]] = {}
-    for file in (folder / "rows.jsonl", rivals.with_name("rows.jsonl")):
-        for row in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
-            if "error" not in row and row["task"] == task and row["index"] < count:
-                rows.setdefault(row["separator"], []).append(row)
-    found = results.summarise([(header, rows[name]) for name, header in headers.items()])
+    headers = {row["separator"]: row for row in [*summaries(folder / "summary.json"), *summaries(RIVALS[""])]}
+    rows = [*read(folder / "rows.jsonl"), *read(RIVALS[""].with_name("rows.jsonl"))]
+    tables: dict[str, dict[int, dict[str, Any]]] = {}
+    for row in rows:
+        if "error" not in row and row["task"] == task:
+            tables.setdefault(row["separator"], {})[row["index"]] = row
+    common = sorted(set.intersection(*map(set, tables.values())))
+    chosen = {name: {index: own[index] for index in common} for name, own in tables.items()}
+    found = results.summarise([(headers[name], list(own.values())) for name, own in chosen.items()])
     for summary in found:
-        summary["rows"] = {row["index"]: row for row in rows[summary["separator"]]}
+        summary["rows"] = chosen[summary["separator"]]
     return {row["separator"]: row for row in sorted(found, key=lambda row: -row["si_sdr_permuted"]["mean"])}
 
 
@@ -230,6 +237,61 @@ def published() -> str:
         f"{_more(alone, paper, score)} dB of that without any guidance, and takes {_seconds(default):.0f} s a "
         f"mixture in place of {_seconds(paper):.0f} ([all samplers](recipes/unasdiff/README.md#measured-so-far))."
     )
+    return wrapped(text)
+
+
+def posterior() -> str:
+    """The sentence `posterior`: two samplers on two sources whose posterior is known."""
+    found = json.loads((HERE.parent / "benchmark/posterior.json").read_text(encoding="utf-8"))
+    default, paper = found["default"], found["published"]
+    ratio, *others = (f"{value:.2f}" for value in dict.fromkeys(default["variance_ratio"]))
+    if others:
+        raise SystemExit("the default's variances differ from source to source: say both")
+    error, paper_error = (f"{100 * row['relative_error_of_mean']:.2g} %" for row in (default, paper))
+    text = (
+        "- On two Gaussian sources, whose posterior is known exactly (64 runs, `recipes/benchmark/posterior.json`), a "
+        "run of the default's sampler that goes on to the end (`--least-noise 0.002`) takes "
+        f"{default['network_evaluations']} network evaluations and its mean is {error} off; its samples have {ratio} "
+        "times the variance, the price of renewing the noise in so few steps. The published loop takes "
+        f"{paper['network_evaluations']}, is {paper_error} off, and has "
+        f"{' and '.join(map(number, paper['variance_ratio']))} times the variance."
+    )
+    return wrapped(text)
+
+
+def cost() -> str:
+    """The lines `cost`, as they were measured."""
+    return "```\n" + (HERE.parent / "benchmark/separate.txt").read_text(encoding="utf-8") + "```"
+
+
+def told() -> str:
+    """The table `told`: shares of stems that fit their class best, and of mixtures of which all do, with leaks."""
+    names = {"tagger": "tagger", "classifier": "classifier", "together": "both"}
+    rows = []
+    for file, kept in (("told", names), ("told-without-masks", {"together": "both, the classifier without masks"})):
+        found = {(row["network"], row["task"]): row for row in read(HERE / f"results/{file}.jsonl") if row["faint_db"]}
+        tasks = [task for task in TASKS if ("together", task) in found]
+        cells = {key: f"{row['pairs']:.2f}, {row['all']:.2f}" for key, row in found.items()}
+        rows += [[name, *(cells[network, task] for task in tasks)] for network, name in kept.items()]
+    return table(["", *(TASKS[task] for task in tasks)], rows)
+
+
+def shipped() -> str:
+    """The table `shipped`: the rivals of 1 speech + 1 sound that need no training, and the oracles."""
+    found = [row for row in summaries(RIVALS[""]) if row["task"] == "1speech+1sound"]
+    rows = [
+        [
+            row["separator"] + (" (oracle)" if row["oracle"] else ""),
+            with_interval(row["si_sdr"]),
+            with_interval(row["si_sdr_permuted"]),
+        ]
+        for row in found
+    ]
+    return table(["", "labels fixed", "best order"], rows)
+
+
+def wrapped(text: str) -> str:
+    """An item of a list, in lines."""
     return textwrap.fill(text, 118, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
@@ -248,8 +310,17 @@ def _more(one: dict[str, Any], other: dict[str, Any], score: str) -> str:
 
 
 TABLES = {
-    README: {"scores": scores, "differences": differences, "published": published, "example": example},
+    README: {
+        "scores": scores,
+        "differences": differences,
+        "published": published,
+        "posterior": posterior,
+        "cost": cost,
+        "example": example,
+    },
+    HERE / "README.md": {"told": told},
     HERE.parent / "unasdiff/README.md": {"methods": methods, "samplers": samplers},
+    HERE.parent / "unasdiff/rivals.md": {"shipped": shipped},
 }
 
 
