@@ -15,3 +15,10 @@ class ModelError(AudiosepError):
 
 class UsageError(AudiosepError, ValueError):
     """An argument is wrong (unknown source name, impossible number, clashing options)."""
+
+
+def at_least(least: int, **numbers: int) -> None:
+    """UsageError that names the first of these numbers which is less."""
+    for name, number in numbers.items():
+        if number < least:
+            raise UsageError(f"{name} is at least {least}, got {number}")

@@ -27,12 +27,12 @@ from torch import Tensor
 from audiosep import distributed, hub, report, train
 from audiosep.baselines import fit_nmf
 from audiosep.data import KINDS, Item, MixtureDataset, SourceDataset, Undecoded, class_names, parse_task, read_manifest
-from audiosep.errors import AudioError, UsageError
+from audiosep.errors import AudioError, UsageError, at_least
 from audiosep.evaluate import score
 from audiosep.mixing import best_permutation
 from audiosep.prior import Prior
 from audiosep.progress import Callback
-from audiosep.recipe import build, check_tables
+from audiosep.recipe import build, check_tables, check_type
 from audiosep.separator import Separator, choose_device
 from audiosep.supervised.expert import Expert
 from audiosep.tagger import COUNTS, TaggedMixtures, Tagger, leaked
@@ -42,7 +42,7 @@ __all__ = ["ExpertProbe", "Probe", "build_expert", "build_prior", "draw", "fit",
 TABLES = ("prior", "backbone", "schedule", "data", "train", "probe", "card")
 TAGGER_TABLES = ("tagger", "data", "train", "probe", "card")
 EXPERT_TABLES = ("expert", "network", "data", "train", "probe", "card")
-MANIFEST = ("manifest", "root", "kind", "least")  # keys of [data] that are not SourceDataset's
+MANIFEST = {"manifest": "str", "root": "str", "kind": "str", "least": "int"}  # keys of [data] not SourceDataset's
 LOSS = ("label_dropout", "focus")  # keys of [prior] that are of its loss, not of its config
 SHARES = ("alone", "masked")  # what [tagger] says of `TaggedMixtures`
 TAGGED_TASKS = ("1speech", "1sound", "2speech", "1speech+1sound", "2sound", "1speech+2sound", "3sound")
@@ -151,11 +151,13 @@ def _fit_tagger(tables: Mapping[str, Any], out: Path, **how: Any) -> dict[str, A
     options = build(train.Options, tables.get("train", {}), "train")
     torch.manual_seed(options.seed)
     table = dict(tables["tagger"])
-    prior, tasks = hub.load_prior(table.pop("of", "sound")), table.pop("tasks", TAGGED_TASKS)
+    of, tasks = table.pop("of", "sound"), table.pop("tasks", TAGGED_TASKS)
+    check_type("str", of, "tagger.of")
+    prior = hub.load_prior(of)
     if not tasks:
         raise UsageError("tagger.tasks is a list of what the mixtures hold, as in 1speech+1sound, got none")
     shares = {name: table.pop(name, 0.0) for name in SHARES}
-    start = table.pop("start", None)
+    start = _start_of(table, "tagger")
     tagger = build(Tagger, table, "tagger", classes=prior.classes, sample_rate=prior.sample_rate)
     started = _started(start)
     if start is not None:
@@ -198,7 +200,7 @@ def run_folder(out: str | Path) -> Path:
 def build_prior(tables: Mapping[str, Any], classes: Sequence[str]) -> Prior:
     """The prior of a recipe: untrained, or with the weights of the checkpoint that `prior.start` names."""
     table = dict(tables.get("prior", {}))
-    start = table.pop("start", None)
+    start = _start_of(table, "prior")
     more = {} if "num_classes" in tables.get("backbone", {}) else {"num_classes": len(classes)}
     backbone = _named(hub.BACKBONES, tables, "backbone", "triple_path_unet", **more)
     if len(classes) > backbone.num_classes:
@@ -218,6 +220,14 @@ def build_expert(tables: Mapping[str, Any]) -> Expert:
     n_sources = sum(parse_task(table["task"]))
     network = _named(hub.NETWORKS, tables, "network", "conv_tasnet", n_sources=n_sources)
     return build(Expert, table, "expert", network=network)
+
+
+def _start_of(table: dict[str, Any], where: str) -> str | None:
+    """The name of the checkpoint to start from, taken out of the table."""
+    if "start" not in table:
+        return None
+    check_type("str", table["start"], f"{where}.start")
+    return str(table.pop("start"))
 
 
 def _start(prior: Prior, other: Prior, name: str) -> None:
@@ -294,8 +304,10 @@ class _Data:
 
     def __init__(self, tables: Mapping[str, Any], kind: str | None = "sound") -> None:
         self.table = dict(tables.get("data", {}))
-        own = MANIFEST if kind else MANIFEST[:-1]
-        self.own = {key: self.table.pop(key) for key in own if key in self.table}
+        own = [key for key in MANIFEST if key in self.table and (kind or key != "least")]
+        self.own = {key: self.table.pop(key) for key in own}
+        for key, value in self.own.items():
+            check_type(MANIFEST[key], value, f"data.{key}")
         if "manifest" not in self.own:
             raise UsageError("data.manifest is missing: the file that a recipe's prepare.py writes")
         named = tables.get("prior", {}).get("kind")
@@ -398,8 +410,8 @@ class Probe:
         partner: str | None = None,
         batch: int = 8,
     ) -> None:
-        _at_least(0, windows=windows, samples=samples, mixtures=mixtures)
-        _at_least(1, levels=levels, steps=steps, batch=batch)
+        at_least(0, windows=windows, samples=samples, mixtures=mixtures)
+        at_least(1, levels=levels, steps=steps, batch=batch)
         self.folder, self.samples, self.steps, self.batch = folder / "samples", samples, steps, batch
         self.segment = float(data.table.get("segment", 4.0))
         assert data.kind is not None
@@ -520,8 +532,8 @@ class ExpertProbe:
     """
 
     def __init__(self, data: _Data, expert: Expert, mixtures: int = 32, batch: int = 4) -> None:
-        _at_least(0, mixtures=mixtures)
-        _at_least(1, batch=batch)
+        at_least(0, mixtures=mixtures)
+        at_least(1, batch=batch)
         self.batch, self.task = batch, expert.task
         self.mixtures: list[dict[str, Any]] = []
         if data.valid and mixtures:
@@ -569,7 +581,7 @@ class TaggerProbe:
     """
 
     def __init__(self, data: _Data, tagger: Tagger, tasks: Sequence[str], mixtures: int = 40, batch: int = 16) -> None:
-        _at_least(1, batch=batch)
+        at_least(1, batch=batch)
         if mixtures < 0 or mixtures == 1:
             raise UsageError(f"mixtures is 0, or at least 2: half of them choose the threshold, got {mixtures}")
         self.batch, self.count = batch, mixtures // 2
@@ -681,12 +693,6 @@ def draw(prior: Prior, labels: Sequence[int], length: int, steps: int = 50, seed
         clean = prior.denoise(alpha * x, t.expand(len(labels)), label)
         x = clean + following / s * (x - clean)
     return x
-
-
-def _at_least(least: int, **numbers: int) -> None:
-    for name, number in numbers.items():
-        if number < least:
-            raise UsageError(f"{name} is at least {least}, got {number}")
 
 
 def _held_out(without: str, make: Callable[..., train.Items], *arguments: Any) -> list[dict[str, Any]]:

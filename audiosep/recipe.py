@@ -84,7 +84,7 @@ def build(make: Callable[..., Made], table: Mapping[str, Any], where: str, **mor
             raise UsageError(
                 f"{where}.{key}: no such setting{_nearest(key, known)}; [{where}] takes {', '.join(known)}"
             )
-        _check_type(parameters[key].annotation, table[key], f"{where}.{key}")
+        check_type(parameters[key].annotation, table[key], f"{where}.{key}")
     missing = [name for name in known if parameters[name].default is inspect.Parameter.empty and name not in table]
     if missing:
         raise UsageError(f"[{where}] lacks {', '.join(missing)}")
@@ -97,7 +97,7 @@ def build(make: Callable[..., Made], table: Mapping[str, Any], where: str, **mor
         raise UsageError(f"[{where}]: {error} (with {values})") from error
 
 
-def _check_type(annotation: Any, value: Any, where: str) -> None:
+def check_type(annotation: Any, value: Any, where: str) -> None:
     """UsageError for a value that is not of an annotation such as "int" or "float | None"; others say nothing here."""
     words = (annotation.__name__ if isinstance(annotation, type) else str(annotation)).split(" | ")
     known = [word for word in words if word in {*PLAIN, *LISTS}]

@@ -5,6 +5,7 @@ import torch
 
 from audiosep import hub
 from audiosep.backbones.diffwave import DiffWave, SqueezeExcitation, StepEmbedding
+from audiosep.errors import UsageError
 from audiosep.prior import Prior
 from audiosep.schedules import ve, vp_linear
 
@@ -29,6 +30,12 @@ def count(network):
 def test_the_published_sizes(arguments, parameters):
     with torch.device("meta"):
         assert count(DiffWave(**arguments)) == parameters
+
+
+@pytest.mark.parametrize("setting", ["channels", "layers", "cycle"])
+def test_sizes_have_a_least_value(setting):
+    with pytest.raises(UsageError, match=f"^{setting} is at least 1, got 0$"):
+        DiffWave(**{setting: 0})
 
 
 def trained(**arguments):

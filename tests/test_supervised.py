@@ -66,6 +66,19 @@ def test_tf_locoformer_has_the_published_sizes(arguments, parameters):
         assert count(TFLocoformer(**arguments)) == parameters
 
 
+@pytest.mark.parametrize(
+    ("network", "setting", "least"),
+    [
+        *((ConvTasNet, name, 1) for name in ("n_sources", "filters", "bottleneck", "hidden", "layers", "stacks")),
+        (ConvTasNet, "kernel", 2),
+        *((TFLocoformer, name, 1) for name in TFLocoformer(blocks=1, width=8, attention=8, hidden=8).config),
+    ],
+)
+def test_sizes_have_a_least_value(network, setting, least):
+    with pytest.raises(UsageError, match=f"^{setting} is at least {least}, got {least - 1}$"):
+        network(**{setting: least - 1})
+
+
 def test_the_normalisation_knows_one_bin_and_one_group():
     norm = RMSGroupNorm(6, 2)
     x = torch.randn(2, 3, 6)

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 from torch.utils.checkpoint import checkpoint
 
+from audiosep.errors import at_least
+
 SINUSOIDS = 128
 EMBEDDING = 512
 
@@ -97,6 +99,7 @@ class DiffWave(nn.Module):
         checkpointing: bool = False,
     ) -> None:
         super().__init__()
+        at_least(1, channels=channels, layers=layers, cycle=cycle)
         if reduction and channels // reduction < 1:
             raise ValueError(f"{channels} channels can't be squeezed by {reduction}")
         self.config = {

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from audiosep.errors import UsageError
+from audiosep.errors import UsageError, at_least
 
 
 class ConvTasNet(nn.Module):
@@ -27,7 +27,6 @@ class ConvTasNet(nn.Module):
         filters: number of them [N].
         bottleneck: channels between the blocks [B, Sc].
         hidden: channels in a block [H].
-        conv_kernel: taps of its dilated convolution [P].
         layers: blocks per stack, dilations 1, 2, 4, ... [X].
         stacks: their number [R].
         mask: "sigmoid" or "relu".
@@ -42,7 +41,6 @@ class ConvTasNet(nn.Module):
         filters: int = 512,
         bottleneck: int = 128,
         hidden: int = 512,
-        conv_kernel: int = 3,
         layers: int = 8,
         stacks: int = 3,
         mask: str = "sigmoid",
@@ -55,12 +53,14 @@ class ConvTasNet(nn.Module):
             "filters": filters,
             "bottleneck": bottleneck,
             "hidden": hidden,
-            "conv_kernel": conv_kernel,
             "layers": layers,
             "stacks": stacks,
             "mask": mask,
             "start": start,
         }
+        at_least(2, kernel=kernel)
+        at_least(1, n_sources=n_sources, filters=filters, bottleneck=bottleneck, hidden=hidden)
+        at_least(1, layers=layers, stacks=stacks)
         self.n_sources = n_sources
         # torchaudio's wheels don't import beside every torch: only who uses this network needs them.
         try:
@@ -71,7 +71,7 @@ class ConvTasNet(nn.Module):
             num_sources=n_sources,
             enc_kernel_size=kernel,
             enc_num_feats=filters,
-            msk_kernel_size=conv_kernel,
+            msk_kernel_size=3,  # [P]; torchaudio pads for no other
             msk_num_feats=bottleneck,
             msk_num_hidden_feats=hidden,
             msk_num_layers=layers,

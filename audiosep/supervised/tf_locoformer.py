@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention, silu
 
 from audiosep.backbones.layers import rotate
-from audiosep.errors import UsageError
+from audiosep.errors import UsageError, at_least
 from audiosep.stft import istft, stft
 
 
@@ -147,6 +147,7 @@ class TFLocoformer(nn.Module):
             "n_fft": n_fft,
             "hop_length": hop_length,
         }
+        at_least(1, **self.config)
         if width % groups or attention % (2 * heads) or not 1 <= stride <= kernel:
             raise UsageError(
                 f"width {width} is a multiple of the {groups} groups, attention {attention} of twice the {heads} heads,"
