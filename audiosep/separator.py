@@ -961,10 +961,12 @@ class Job:
         mixture_level = decibel(self.mixture_energy / size)
         silent = self.mixture_energy <= size * SILENCE**2
         sources = {}
-        for k, source in enumerate(self.sources):
+        for k, (source, (_, told)) in enumerate(zip(self.sources, self.sampler.prior.sources)):
             level = decibel(self.energy[k].item() / size)
             row: dict[str, Any] = {
-                **self._about_source(source),
+                "prior": source.prior,
+                "class": class_name(separator.priors[source.prior], source.label),
+                "class_told": told is not None,  # to the prior; where classifiers guide it need not be
                 "level_dbfs": round(level, 2),
                 "active": level > mixture_level + INACTIVE and not silent,
             }
@@ -1031,10 +1033,6 @@ class Job:
                 "compiled": separator.compiled,
             },
         }
-
-    def _about_source(self, source: Source) -> dict[str, Any]:
-        prior = self.separator.priors[source.prior]
-        return {"prior": source.prior, "class": class_name(prior, source.label)}
 
     def _doubts(self) -> list[str]:
         """Notes on what a user should know of this run."""

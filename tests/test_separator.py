@@ -261,6 +261,8 @@ def test_a_prior_is_told_the_class_where_nothing_guides(ears, names, options, la
     assert [label for _, label in job.sampler.prior.sources] == labels
     own = [source.label for source in job.sources]
     assert own == [None if name == "speech" else name == "High" for name in names]
+    rows = job.report()["sources"].values()
+    assert [row["class_told"] for row in rows] == [label is not None for label in labels]
     for prior in job.separator.priors.values():
         prior.label_dropout = 0.0  # its null class was never trained
     assert [label for _, label in job.separator.sampler_for(job.sources).prior.sources] == own
