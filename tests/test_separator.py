@@ -1,5 +1,7 @@
 """The separator around a tiny random prior: what must hold whatever the network says."""
 
+import contextlib
+
 import numpy as np
 import pytest
 import soundfile as sf
@@ -8,7 +10,9 @@ import torch
 from audiosep import audio
 from audiosep.errors import AudioError, AudiosepError, UsageError
 from audiosep.lowrank import LAST, LowRank
+from audiosep.mixing import combine, project
 from audiosep.prior import Prior
+from audiosep.samplers import SAMPLERS, Noise
 from audiosep.schedules import ve
 from audiosep.separator import (
     GUIDANCE,
@@ -675,6 +679,20 @@ def test_what_cannot_be_compiled_is_said_at_once(make, monkeypatch):
         make(compile=True)
 
 
+@pytest.mark.parametrize("sampler", sorted(set(SAMPLERS) - {"mmps-exact"}))  # that one watches its residuals
+def test_nothing_in_the_loop_asks_for_a_value_or_mixes_devices(monkeypatch, make, sampler):
+    """Tensors on "meta" have a device and a shape, but no values."""
+    monkeypatch.setattr("torch.autocast", lambda *_, **__: contextlib.nullcontext())  # knows no such device
+    monkeypatch.setattr("audiosep.hub.load_model", lambda *_: Tagger(["Bark", "Bell"], width=2).to("meta").eval())
+    separator = make(device="meta", dtype="float32", sampler=sampler, steps=4)
+    loop = separator.sampler_for(separator.resolve(["speech", "Bark", "Bell"]))
+    y = torch.zeros(2, 16000, device="meta")
+    (*_, last) = loop(y, Noise([1, 2]))
+    assert (last.x.device, last.x.shape) == (y.device, (2, 3, 16000))
+    assert (sampler == "mmps") == (getattr(loop, "steer", None) is not None)
+    assert combine(y, torch.stack((last.x, last.x))).device == project(y, last.x).device == y.device
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("sampler", ["mmps", "hybrid"])
 def test_cuda_equals_the_cpu(tiny_prior, sampler):
@@ -696,8 +714,6 @@ def test_cuda_equals_the_cpu(tiny_prior, sampler):
 def test_nothing_in_the_loop_waits_for_the_device(tiny_prior):
     separator = Separator({"speech": tiny_prior(kind="speech")}, steps=3, device="cuda")
     sampler = separator.sampler_for(separator.resolve(["speech", "speech"]))
-    from audiosep.samplers import Noise
-
     y = torch.randn(2, 16000, device="cuda")
     list(sampler(y, Noise([1, 2])))  # first calls set up cuFFT plans and caches
     with torch.cuda.stream(torch.cuda.Stream()):
