@@ -14,6 +14,8 @@ What stands between `<!-- NAME -->` and `<!-- /NAME -->` is replaced by the tabl
   what is shipped beside them (`../unasdiff/results/rivals`).
 - shipped, in ../unasdiff/rivals.md: those alone, on 1 speech + 1 sound.
 
+`chart.py` draws Table 2.
+
 Run: python recipes/open16k/scores.py
 """
 
