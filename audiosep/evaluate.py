@@ -275,14 +275,14 @@ def run(
         return []
     if file is not None:
         _wait(file, trials)
-    for trial in trials:
-        if not trial.rows and trial.failed:
-            raise AudiosepError(f"{trial.name} failed on every mixture: {next(iter(trial.failed.values()))}")
     scored = [({**trial.header, "errors": trial.errors}, trial.ordered) for trial in trials if trial.rows]
     summaries = results.summarise(scored)
-    if out is not None:
+    if out is not None and scored:
         rows = {(header["separator"], header["task"]): found for header, found in scored}
         results.write(Path(out), summaries, rows, published, _examples(plan, trials))
+    for trial in trials:  # after the others' results are written
+        if not trial.rows and trial.failed:
+            raise AudiosepError(f"{trial.name} failed on every mixture: {next(iter(trial.failed.values()))}")
     return summaries
 
 

@@ -144,7 +144,7 @@ class Separator:
             noise, 0 for not at all (see `audiosep.guidance`); None is the preset's own. Where they do, priors are not
             told the class. Only the default preset's own sampler has it, for sources of two classes at least that both
             know.
-        low_rank: how far estimates move, in each step but the noisiest, towards spectrograms of low rank, 0..1, 0 for
+        low_rank: how far estimates move, in all steps but the noisiest, towards spectrograms of low rank, 0..1, 0 for
             not at all; the last step moves sounds alone, among themselves, where there are several, four times as far,
             the whole way at most (see `audiosep.lowrank`). None is the preset's own. Only the default preset's own
             sampler has it, where there are sounds, all named by their class, and one voice at most.

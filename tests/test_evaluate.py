@@ -268,8 +268,12 @@ def test_a_mixture_that_fails_is_named_counted_and_tried_again(manifest, tmp_pat
     mended = Fake(manifest, "1speech+1sound")
     assert run(manifest, mended, out=tmp_path)["errors"] == 0
     assert len(mended.asked) == 1
+    broken = Broken(manifest, "1speech+1sound")
     with pytest.raises(AudiosepError, match=r"fake failed on every mixture: .*stems differ in length"):
-        run(manifest, Broken(manifest, "1speech+1sound"))
+        run(manifest, broken, out=tmp_path / "none")
+    with pytest.raises(AudiosepError, match=r"broken failed on every mixture"):
+        evaluate.run(tables(manifest), tmp_path / "other", separators={"broken": broken, "fake": mended})
+    assert "| fake |" in (tmp_path / "other/summary.md").read_text()  # what others did isn't lost
 
 
 def test_processes_agree_on_what_failed(manifest, tmp_path, monkeypatch):

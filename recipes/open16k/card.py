@@ -47,7 +47,7 @@ def cost_row(row: dict[str, Any]) -> dict[str, Any]:
         "number format": row["dtype"],
         "seconds of a step, 4 s of 2 sources": row["step_s"],
         "network evaluations per source": row["evaluations_per_source"],
-        "real-time factor": row["real_time_factor"],
+        "real-time factor, on a busy machine, without guidance": row["real_time_factor"],
         "peak memory, GiB": row["peak_gib"],
     }
 
@@ -78,7 +78,7 @@ def prior_card(folder: Path, summaries: list[dict[str, Any]], measured: list[dic
         "title": f"audiosep/{folder.name}: a small diffusion prior of {kind}",
         "description": f"{DESCRIPTION}Trained on a shared CPU for a few hours: expect weak separation.",
         "licence": LICENCE,
-        "licence_id": "mit",
+        "licence_id": "other",
         "data": config["data"],
         "training": config["training"] | before(folder.name),
         "metrics": [metric_row(s) for s in summaries if kind in s["task"] and s["evaluations"]],

@@ -53,7 +53,7 @@ RIVALS = {
 EARLIER = {
     "labels": "the sound prior told the classes",
     "even-leaks": "a classifier that was trained without faulty masks",
-    "even-guidance": "class guidance as far at all noise, no last step by low rank beside a voice",
+    "even-guidance": "class guidance with equal steps at all noise, no last step by low rank beside a voice",
     "sampled": "sampling to the end, in 24 steps",
     "class-guidance": "class guidance alone",
     "unguided": "no class guidance, the tagger's names",
@@ -132,7 +132,7 @@ def score_row(name: str, found: dict[str, Any]) -> list[str]:
 
 def scores() -> str:
     """The table `scores`."""
-    head = ["task", "mixtures", "before", "labels fixed", "median", "best order", "mean below 0 dB, best order"]
+    head = ["task", "mixtures", "before", "labels fixed", "median", "best order", "below 0 dB, best order"]
     files = {task: HERE / f"results/{task}/summary.json" for task in TASKS}
     rows = [score_row(name, current(summaries(files[task])[0])) for task, name in TASKS.items()]
     for place, path in RIVALS.items():
@@ -216,7 +216,7 @@ def samplers() -> str:
 def _samplers(task: str) -> str:
     found = {name: row for name, row in measured(task).items() if row["evaluations"] and row["evaluations"] > 1}
     score, what = ("si_sdr_permuted", "best order") if task == "2speech" else ("si_sdr", "labels fixed")
-    head = [TASKS[task], "mixtures", what, "default has more", "more than hybrid, published", "fails, best order"]
+    head = [TASKS[task], "mixtures", what, "default has more", "more than hybrid, published", "below 0 dB, best order"]
     voice = "speech" in task
     rows = []
     for name, row in found.items():

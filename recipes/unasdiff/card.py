@@ -55,7 +55,7 @@ def main() -> None:
         "title": f"audiosep/{arguments.checkpoint.name}",
         "description": ABOUT[config["model"]["name"]],
         "licence": corpus.LICENCE,
-        "licence_id": "mit",
+        "licence_id": "other",
         "data": "open16k (recipes/open16k), train split, 16 kHz mono",
         "training": training(arguments.run),
         "metrics": [corpus.metric_row(s) for s in summaries if s["separator"] == arguments.separator],
