@@ -161,8 +161,8 @@ class _Job(Job):
     def _about(self) -> dict[str, Any]:
         return {"models": {name: {"name": name, **model.origin} for name, model in self.separator.priors.items()}}
 
-    def _about_source(self, source: Source) -> dict[str, Any]:
-        return {"class": source.prior}
+    def _about_source(self, k: int) -> dict[str, Any]:
+        return {"class": self.sources[k].prior}
 
     def _doubts(self) -> list[str]:
         return []

@@ -247,7 +247,7 @@ def run(
 
     Raises:
         UsageError: a key that nothing takes, a task that the recordings can't give, separators that can't be compared.
-        AudiosepError: a separator failed on every mixture.
+        AudiosepError: a separator failed on every mixture of a task; what the others did is summarised before.
     """
     check_tables(tables, TABLES)
     plan = build(Plan, tables.get("evaluate", {}), "evaluate")
@@ -282,7 +282,9 @@ def run(
         results.write(Path(out), summaries, rows, published, _examples(plan, trials))
     for trial in trials:  # after the others' results are written
         if not trial.rows and trial.failed:
-            raise AudiosepError(f"{trial.name} failed on every mixture: {next(iter(trial.failed.values()))}")
+            kept = f"; what others did is in {out}" if out is not None and scored else ""
+            name, why = f"{trial.name}, {trial.header['task']}", next(iter(trial.failed.values()))
+            raise AudiosepError(f"{name}: failed on every mixture: {why}{kept}")
     return summaries
 
 

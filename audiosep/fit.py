@@ -153,11 +153,15 @@ def _fit_tagger(tables: Mapping[str, Any], out: Path, **how: Any) -> dict[str, A
     table = dict(tables["tagger"])
     of, tasks = table.pop("of", "sound"), table.pop("tasks", TAGGED_TASKS)
     check_type("str", of, "tagger.of")
-    prior = hub.load_prior(of)
+    check_type("list[str]", tasks, "tagger.tasks")
     if not tasks:
         raise UsageError("tagger.tasks is a list of what the mixtures hold, as in 1speech+1sound, got none")
+    prior = hub.load_prior(of)
     shares = {name: table.pop(name, 0.0) for name in SHARES}
-    start = _start_of(table, "tagger")
+    for name, share in shares.items():
+        check_type("float", share, f"tagger.{name}")
+    start = table.pop("start", None)
+    check_type("str | None", start, "tagger.start")
     tagger = build(Tagger, table, "tagger", classes=prior.classes, sample_rate=prior.sample_rate)
     started = _started(start)
     if start is not None:
@@ -200,7 +204,8 @@ def run_folder(out: str | Path) -> Path:
 def build_prior(tables: Mapping[str, Any], classes: Sequence[str]) -> Prior:
     """The prior of a recipe: untrained, or with the weights of the checkpoint that `prior.start` names."""
     table = dict(tables.get("prior", {}))
-    start = _start_of(table, "prior")
+    start = table.pop("start", None)
+    check_type("str | None", start, "prior.start")
     more = {} if "num_classes" in tables.get("backbone", {}) else {"num_classes": len(classes)}
     backbone = _named(hub.BACKBONES, tables, "backbone", "triple_path_unet", **more)
     if len(classes) > backbone.num_classes:
@@ -220,14 +225,6 @@ def build_expert(tables: Mapping[str, Any]) -> Expert:
     n_sources = sum(parse_task(table["task"]))
     network = _named(hub.NETWORKS, tables, "network", "conv_tasnet", n_sources=n_sources)
     return build(Expert, table, "expert", network=network)
-
-
-def _start_of(table: dict[str, Any], where: str) -> str | None:
-    """The name of the checkpoint to start from, taken out of the table."""
-    if "start" not in table:
-        return None
-    check_type("str", table["start"], f"{where}.start")
-    return str(table.pop("start"))
 
 
 def _start(prior: Prior, other: Prior, name: str) -> None:
@@ -284,6 +281,7 @@ def _started(name: str | None) -> dict[str, Any]:
 def _named(makers: Mapping[str, Any], tables: Mapping[str, Any], table: str, default: str, **more: Any) -> Any:
     arguments = dict(tables.get(table, {}))
     name = arguments.pop("name", default)
+    check_type("str", name, f"{table}.name")
     if name not in makers:
         raise UsageError(f"{table}.name is one of {', '.join(makers)}, got {name!r}")
     return build(makers[name], arguments, table, **more)

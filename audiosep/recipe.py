@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from audiosep.errors import UsageError
 
-__all__ = ["build", "check_tables", "load", "override"]
+__all__ = ["build", "check_tables", "check_type", "load", "override"]
 
 Made = TypeVar("Made")
 # Annotations whose values are checked before anything is made: their types in TOML, and their names in messages.
@@ -102,6 +102,8 @@ def check_type(annotation: Any, value: Any, where: str) -> None:
     words = (annotation.__name__ if isinstance(annotation, type) else str(annotation)).split(" | ")
     known = [word for word in words if word in {*PLAIN, *LISTS}]
     if not known or not {*words} <= {*known, "None"}:
+        return
+    if value is None and "None" in words:
         return
     if not any(_is(word, value) for word in known):
         names = [(PLAIN.get(word) or LISTS[word])[-1] for word in known] + ["left out"] * ("None" in words)

@@ -961,12 +961,10 @@ class Job:
         mixture_level = decibel(self.mixture_energy / size)
         silent = self.mixture_energy <= size * SILENCE**2
         sources = {}
-        for k, (source, (_, told)) in enumerate(zip(self.sources, self.sampler.prior.sources)):
+        for k, source in enumerate(self.sources):
             level = decibel(self.energy[k].item() / size)
             row: dict[str, Any] = {
-                "prior": source.prior,
-                "class": class_name(separator.priors[source.prior], source.label),
-                "class_told": told is not None,  # to the prior; where classifiers guide it need not be
+                **self._about_source(k),
                 "level_dbfs": round(level, 2),
                 "active": level > mixture_level + INACTIVE and not silent,
             }
@@ -1033,6 +1031,12 @@ class Job:
                 "compiled": separator.compiled,
             },
         }
+
+    def _about_source(self, k: int) -> dict[str, Any]:
+        """The report's part on what source k was asked for as; its prior isn't told the class where it is guided."""
+        source, (prior, told) = self.sources[k], self.sampler.prior.sources[k]
+        assert isinstance(prior, Prior)
+        return {"prior": source.prior, "class": class_name(prior, source.label), "class_told": told is not None}
 
     def _doubts(self) -> list[str]:
         """Notes on what a user should know of this run."""

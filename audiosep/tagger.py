@@ -32,7 +32,7 @@ from torch.nn.functional import logsigmoid
 from torch.utils.data import Dataset
 
 from audiosep.data import MixtureDataset
-from audiosep.errors import UsageError
+from audiosep.errors import UsageError, at_least
 from audiosep.mixing import BANDS, grid, log_power
 from audiosep.stft import istft, stft
 
@@ -65,7 +65,7 @@ class Tagger(nn.Module):
         among: weight in the loss of telling one class from the others.
 
     Raises:
-        UsageError: floor is not above 0, or among below.
+        UsageError: floor is not above 0, among below, or another number below 1.
     """
 
     n_fft, hop_length = 1024, 320
@@ -81,6 +81,7 @@ class Tagger(nn.Module):
         among: float = 0.0,
     ) -> None:
         super().__init__()
+        at_least(1, sample_rate=sample_rate, width=width, mels=mels)
         if floor <= 0 or among < 0:
             raise UsageError(f"floor is above 0 and among at least 0, got {floor} and {among}")
         self.classes, self.sample_rate, self.threshold = tuple(classes), sample_rate, threshold

@@ -59,6 +59,8 @@ def test_a_long_recording_keeps_its_stems_apart(rate, channels):
         inner = slice(rate // 4, -rate // 4)
         assert torch.allclose(stem[:, inner], source[inner].expand(channels, -1), atol=0.01)
     assert result.report["network_evaluations"] == channels * result.report["segments"]
+    rows = result.report["sources"].values()
+    assert [(row["class"], "class_told" in row) for row in rows] == [("sound", False)] * 2
 
 
 def test_silence_stays_silence():

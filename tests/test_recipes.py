@@ -6,6 +6,7 @@ import inspect
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -576,6 +577,19 @@ def test_the_numbers_in_the_readme_are_those_of_the_files():
     with pytest.raises(SystemExit, match="no place for example"):
         made.filled(made.README, made.README.read_text(encoding="utf-8").replace("<!-- /example -->", ""))
     assert [made.number(x) for x in (-0.04, -0.06, 1.25, 2.0)] == ["0.0", "-0.1", "1.2", "2.0"]
+
+
+def test_table_2_is_drawn_from_the_numbers_of_its_own_task(monkeypatch):
+    made = prepare("open16k", "scores")
+    monkeypatch.setitem(sys.modules, "scores", made)
+    chart = prepare("open16k", "chart")
+    tasks = {task: found for task in made.TASKS if (found := made.measured(task))}
+    assert all(row["task"] == task for task, found in tasks.items() for row in found.values())
+    names = chart.order(tasks)
+    assert names.index("DPS") < names.index("default") < names.index("ideal ratio mask")
+    published = chart.paper("1speech+1sound")
+    assert published["hybrid, published"] == 14.31
+    assert published.keys() - {"TF-Locoformer"} <= set(names)
 
 
 def test_scores_of_other_classifiers_or_constants_are_refused():

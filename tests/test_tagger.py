@@ -231,6 +231,9 @@ def test_a_tagger_without_classes_and_settings_that_can_not_be():
     for settings in ({"floor": 0.0}, {"among": -1.0}):
         with pytest.raises(UsageError, match="floor is above 0 and among at least 0"):
             Tagger(["Bell"], **settings)
+    for name in ("width", "mels", "sample_rate"):
+        with pytest.raises(UsageError, match=f"^{name} is at least 1, got 0$"):
+            Tagger(["Bell"], **{name: 0})
 
 
 def test_loudness_does_not_matter():
@@ -295,6 +298,16 @@ def test_a_tagger_may_start_from_another(trained, manifest, tmp_path):
     tables["tagger"] |= {"width": 8, "floor": 0.1}
     with pytest.raises(UsageError, match="rate, sizes and floor"):
         fit.fit(tables, tmp_path / "other", device="cpu")
+    wrong = {"of": 5, "start": 5, "tasks": "2sound", "alone": "many"}
+    said = (
+        "is text, got 5",
+        "is text or left out, got 5",
+        "is a list of texts, got '2sound'",
+        "is a number, got 'many'",
+    )
+    for (name, value), words in zip(wrong.items(), said):
+        with pytest.raises(UsageError, match=rf"^tagger\.{name} is {words}$"):
+            fit.fit(tables | {"tagger": tables["tagger"] | {name: value}}, tmp_path / "other", device="cpu")
 
 
 def test_auto_finds_what_is_there(trained, monkeypatch, tmp_path):

@@ -27,6 +27,7 @@ from audiosep.backbones.layers import (
     gated,
     norm,
 )
+from audiosep.errors import at_least
 from audiosep.stft import istft, stft
 
 FOLD = 4  # adjacent frequency bins that share a token of global-temporal attention
@@ -150,8 +151,8 @@ class TriplePathUNet(nn.Module):
         super().__init__()
         if head not in ("direct", "mask"):
             raise ValueError(f"head is 'direct' or 'mask', not {head!r}")
-        if min(width, heads, condition_dim, squeeze) < 1 or num_classes < 0:
-            raise ValueError("width, heads, condition_dim and squeeze are at least 1, num_classes at least 0")
+        at_least(1, width=width, heads=heads, condition_dim=condition_dim, squeeze=squeeze)
+        at_least(0, num_classes=num_classes)
         if width % 2:
             raise ValueError(f"width is even, not {width}")
         if len(depth) != 5 or len(patch) != 2 or min(*depth, *patch) < 1:

@@ -148,7 +148,7 @@ class TFLocoformer(nn.Module):
             "hop_length": hop_length,
         }
         at_least(1, **self.config)
-        if width % groups or attention % (2 * heads) or not 1 <= stride <= kernel:
+        if width % groups or attention % (2 * heads) or stride > kernel:
             raise UsageError(
                 f"width {width} is a multiple of the {groups} groups, attention {attention} of twice the {heads} heads,"
                 f" and stride {stride} at most the kernel {kernel}"

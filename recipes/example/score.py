@@ -1,5 +1,5 @@
 """Separate the example with the shipped checkpoints: each source's SI-SDR before and after goes to result.json, the
-spectrograms of the mixture, the stems and the true sources to *.png, 80 dB from black to white in all.
+spectrograms of the mixture, the stems and the true sources to *.png, 80 dB from dark to light in all.
 
 Run: python recipes/example/score.py
 """

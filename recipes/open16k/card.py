@@ -47,7 +47,7 @@ def cost_row(row: dict[str, Any]) -> dict[str, Any]:
         "number format": row["dtype"],
         "seconds of a step, 4 s of 2 sources": row["step_s"],
         "network evaluations per source": row["evaluations_per_source"],
-        "real-time factor, on a busy machine, without guidance": row["real_time_factor"],
+        "real-time factor": row["real_time_factor"],
         "peak memory, GiB": row["peak_gib"],
     }
 
