@@ -299,12 +299,7 @@ def test_a_tagger_may_start_from_another(trained, manifest, tmp_path):
     with pytest.raises(UsageError, match="rate, sizes and floor"):
         fit.fit(tables, tmp_path / "other", device="cpu")
     wrong = {"of": 5, "start": 5, "tasks": "2sound", "alone": "many"}
-    said = (
-        "is text, got 5",
-        "is text or left out, got 5",
-        "is a list of texts, got '2sound'",
-        "is a number, got 'many'",
-    )
+    said = ("text, got 5", "text or left out, got 5", "a list of texts, got '2sound'", "a number, got 'many'")
     for (name, value), words in zip(wrong.items(), said):
         with pytest.raises(UsageError, match=rf"^tagger\.{name} is {words}$"):
             fit.fit(tables | {"tagger": tables["tagger"] | {name: value}}, tmp_path / "other", device="cpu")
