@@ -49,7 +49,7 @@ from audiosep.lowrank import LAST, UPDATES, VAGUE
 from audiosep.mixing import BANDS, RATE, best_permutation
 from audiosep.progress import Callback
 from audiosep.recipe import build, check_tables
-from audiosep.separator import LEAD, LIKENESS, RANKS, Separates, Separation, mix_seed
+from audiosep.separator import LEAD, LIKENESS, RANKS, REST_RANK, Separates, Separation, mix_seed
 
 __all__ = ["MAKERS", "Plan", "Unprocessed", "run", "score"]
 
@@ -378,8 +378,9 @@ def _trials(plan: Plan, tables: Mapping[str, Any], given: Mapping[str, Separates
                 header["exchange"] = {"likeness": LIKENESS, "lead": LEAD}
                 header["guidance"] = guidance_facts(getattr(separator, "guidance", 0.0))
             share = getattr(separator, "low_rank", 0.0)
-            if share and dataset.n_sound and labels:
-                header["low rank"] = low_rank_facts(share, dataset.n_sound)
+            if share and dataset.n_sound:
+                rest = {"rest": REST_RANK} if dataset.n_sound == 1 and not labels else {}
+                header["low rank"] = low_rank_facts(share, dataset.n_sound) | rest
             stems = out / "stems" if out is not None and plan.stems else None
             seed = mix_seed(plan.seed, own_seed)
             trials.append(Trial(name, separator, dataset, labels, plan.metrics, header, seed, stems))

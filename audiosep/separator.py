@@ -60,7 +60,8 @@ LIKENESS = 2.5
 LEAD = 3.0
 GUIDANCE = 0.55  # step of the class guidance, chosen on held-out mixtures
 LOW_RANK = 0.2  # share of the low-rank guidance, chosen there, too
-RANKS = {"speech": 8}  # of a kind's spectrograms; those of a class of sound are 1
+RANKS = {"speech": 8}  # of a kind's spectrograms; those of one sound are 1
+REST_RANK = 4  # of the one sound that has no class: it may be all the rest
 LEAST_NOISE = 0.063  # of the last step: on held-out mixtures with a voice what came after it took the stems away again
 LABEL_NOISE = (0.2, 0.3, 0.45, 0.67, 1.0)  # levels at which an estimate's class shows, chosen on held-out mixtures
 
@@ -604,7 +605,7 @@ class Separator:
         """Class guidance, then low-rank guidance of all; `last` is the noise of the last step."""
         low_rank = self._low_rank(sources)
         placed = [(torch.tensor(group, device=self.device), guide) for group, guide in guides]
-        sounds = [k for k, source in enumerate(sources) if self.priors[source.prior].kind not in RANKS]
+        sounds = [k for k, rank in enumerate(self._ranks(sources)) if rank == 1]
         among, index = self._low_rank([sources[k] for k in sounds]), torch.tensor(sounds, device=self.device)
 
         def steer(x: Tensor, noise: float) -> Tensor:
@@ -619,12 +620,18 @@ class Separator:
         return steer if placed or low_rank is not None else None
 
     def _low_rank(self, sources: Sequence[Source]) -> LowRank | None:
-        """Guidance by low rank; two voices share their spectra, and an unnamed sound may be of many."""
-        kinds = [self.priors[source.prior].kind for source in sources]
-        unnamed = any(source.label is None and kind not in RANKS for source, kind in zip(sources, kinds))
-        if not self.low_rank or len(kinds) < 2 or kinds.count("speech") > 1 or unnamed:
+        """Guidance by low rank; two voices share their spectra."""
+        ranks = self._ranks(sources)
+        if not self.low_rank or len(ranks) < 2 or ranks.count(RANKS["speech"]) > 1:
             return None
-        return LowRank([RANKS.get(kind, 1) for kind in kinds], self.low_rank, self.device)
+        return LowRank(ranks, self.low_rank, self.device)
+
+    def _ranks(self, sources: Sequence[Source]) -> list[int]:
+        """Of the sources' spectrograms."""
+        kinds = [self.priors[source.prior].kind for source in sources]
+        unnamed = [source.label is None and kind not in RANKS for source, kind in zip(sources, kinds)]
+        free = REST_RANK if sum(unnamed) == 1 else 1  # several are meant to be one sound each
+        return [RANKS.get(kind, free if lacks else 1) for kind, lacks in zip(kinds, unnamed)]
 
     def _build(self, joint: JointPrior, **options: Any) -> Sampler:
         options |= sampler_options(self.sampling)

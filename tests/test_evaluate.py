@@ -19,7 +19,7 @@ from audiosep.errors import AudiosepError, UsageError
 from audiosep.lowrank import LAST
 from audiosep.prior import Prior
 from audiosep.schedules import vp_linear
-from audiosep.separator import LABEL_NOISE
+from audiosep.separator import LABEL_NOISE, REST_RANK
 from audiosep.tagger import Ensemble, Tagger
 
 RATE = 16000
@@ -211,16 +211,18 @@ def test_rows_are_the_guidances_too_where_there_is_any(manifest, tmp_path):
 
 def test_rows_are_the_low_ranks_too_where_a_sound_is(manifest, tmp_path):
     asked = []
-    cases = (("2sound", True), ("2sound", False), ("2speech", True), ("1speech+1sound", True), ("1speech+2sound", True))
+    cases = [("2sound", True), ("2sound", False), ("2speech", True)]
+    cases += [("1speech+1sound", True), ("1speech+1sound", False), ("1speech+2sound", True)]
     for task, labels in cases:
         for share in (0.0, 0.2):
             fake = Fake(manifest, task)
             fake.low_rank = share
             summary = run(manifest, fake, task=task, out=tmp_path / f"{task}{labels}", count=2, labels=labels)
             asked.append(len(fake.asked))
-            among = share and "2sound" in task and labels
-            assert summary.get("low rank", {}).get("last") == (LAST if among else None)
-    assert asked == [2, 2, 2, 0, 2, 0, 2, 2, 2, 2]
+            facts = summary.get("low rank", {})
+            assert facts.get("last") == (LAST if share and "2sound" in task else None)
+            assert facts.get("rest") == (REST_RANK if share and (task, labels) == ("1speech+1sound", False) else None)
+    assert asked == [2, 2, 2, 2, 2, 0, 2, 2, 2, 2, 2, 2]
 
 
 @pytest.mark.parametrize("world", [1, 2])

@@ -20,6 +20,7 @@ from audiosep.separator import (
     LEAST_NOISE,
     LOW_RANK,
     RANKS,
+    REST_RANK,
     Job,
     Separator,
     audible,
@@ -298,8 +299,16 @@ def test_a_separator_guides_by_low_rank_where_a_sound_is():
         assert torch.equal(sampler.steer(x, sampler.ratios[-2]), LowRank([1, 1], LOW_RANK)(x, LAST))
     on = job_of(VOICE_AND_SOUND, ["Low", "High"], guidance=0, least_noise=0.002).sampler
     assert torch.equal(on.steer(x, 0.01), x)  # sources have parted, but for the last step
-    # Two voices share their spectra, and an unnamed sound may be of several.
-    for names in (["speech", "speech"], ["speech", "speech", "Low"], ["speech", "sound"]):
+    # One sound without a class may be all the rest, two are one each.
+    steer = job_of(VOICE_AND_SOUND, ["speech", "sound"], guidance=0).sampler.steer
+    assert torch.equal(steer(x, 0.08), LowRank([RANKS["speech"], REST_RANK], LOW_RANK)(x))
+    sampler = job_of(VOICE_AND_SOUND, ["Low", "sound"], guidance=0).sampler
+    assert torch.equal(sampler.steer(x, 0.08), LowRank([1, REST_RANK], LOW_RANK)(x))
+    assert torch.equal(sampler.steer(x, sampler.ratios[-2]), LowRank([1, REST_RANK], LOW_RANK)(x))
+    sampler = job_of(VOICE_AND_SOUND, ["sound", "sound"], guidance=0).sampler
+    assert torch.equal(sampler.steer(x, sampler.ratios[-2]), LowRank([1, 1], LOW_RANK)(x, LAST))
+    # Two voices share their spectra.
+    for names in (["speech", "speech"], ["speech", "speech", "Low"]):
         assert job_of(VOICE_AND_SOUND, names, guidance=0).sampler.steer is None
 
 
