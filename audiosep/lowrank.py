@@ -12,10 +12,11 @@ towards them by a share,
     X_k + share * (P_k / sum_j P_j * Y - X_k),    P_k = (W_k H_k)^2.
 
 The sum stays what it was. The sampler's last step moves the sounds alone, among themselves, a share `LAST` times as
-large: rank 1 tells them apart better than their priors do. Of a voice it would take what its prior knows.
+large: rank 1 tells them apart better than their priors do. Of a voice it would take what its prior knows. One sound
+that has no class may be all the rest: it has more ranks, and no last step.
 
-Unlike factorisation from a random start, which has to guess what belongs together, this one starts at estimates that
-the priors have named.
+Unlike factorisation from a random start, which has to guess what belongs together, this one starts at the priors'
+estimates.
 
 B items, K sources, N samples, F bins, M frames.
 """

@@ -148,7 +148,8 @@ class Separator:
         low_rank: how far estimates move, in all steps but the noisiest, towards spectrograms of low rank, 0..1, 0 for
             not at all; the last step moves sounds alone, among themselves, where there are several, four times as far,
             the whole way at most (see `audiosep.lowrank`). None is the preset's own. Only the default preset's own
-            sampler has it, where there are sounds, all named by their class, and one voice at most.
+            sampler has it, where there are sounds, and one voice at most; one sound without a class, which may be all
+            the rest, has a higher rank and no last step.
         least_noise: level of the sampler's last step, relative to full scale. At 0.063, which is the default preset's
             for its own sampler without a mixing, a sample is the mean of what the sources could still become: nearer to
             the truth on average, and found in half the time. At 0.002, the other samplers', it is a sample, with all

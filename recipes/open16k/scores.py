@@ -2,7 +2,8 @@
 
 What stands between `<!-- NAME -->` and `<!-- /NAME -->` is replaced by the table of that name:
 
-- scores: the shipped default on each task (`results/TASK/summary.json`), its rivals on 1 speech + 1 sound
+- scores: the shipped default on each task (`results/TASK/summary.json`), also where the sound isn't named
+  (`results/unnamed/TASK`), its rivals on 1 speech + 1 sound
   (`../unasdiff/results/rivals/summary.json`), and both outside the corpus (`../outside/results/summary.json`).
 - differences: what it has over earlier defaults and rivals, paired (`results/earlier/differences.jsonl`, by
   `compare.py`).
@@ -35,7 +36,7 @@ from audiosep import hub, recipe, results
 from audiosep.data import parse_task
 from audiosep.evaluate import guidance_facts, low_rank_facts
 from audiosep.metrics import paired_interval
-from audiosep.separator import CLASSIFIER, GUIDANCE, LEAD, LEAST_NOISE, LIKENESS, LOW_RANK, TAGGER
+from audiosep.separator import CLASSIFIER, GUIDANCE, LEAD, LEAST_NOISE, LIKENESS, LOW_RANK, REST_RANK, TAGGER
 
 HERE = Path(__file__).parent
 README = HERE.parents[1] / "README.md"
@@ -51,6 +52,7 @@ RIVALS = {
     "outside the corpus: ": HERE.parent / "outside/results/summary.json",
 }
 EARLIER = {
+    "unnamed": "no low-rank guidance where no class is named",
     "labels": "the sound prior told the classes",
     "even-leaks": "a classifier that was trained without faulty masks",
     "even-guidance": "class guidance with equal steps at all noise, no last step by low rank beside a voice",
@@ -98,6 +100,8 @@ def current(found: dict[str, Any]) -> dict[str, Any]:
         "guidance": guidance_facts(GUIDANCE),
         "low rank": low_rank_facts(LOW_RANK, sounds),
     }
+    if sounds == 1 and not found["labels"]:
+        today["low rank"] |= {"rest": REST_RANK}
     ended = math.isclose(found["options"]["noise levels"][-1], LEAST_NOISE)
     if not ended or (sounds and any(found.get(key) != value for key, value in today.items())):
         raise SystemExit(f"{found['separator']}, {found['task']}: measured with other classifiers or constants")
@@ -135,6 +139,9 @@ def scores() -> str:
     head = ["task", "mixtures", "before", "labels fixed", "median", "best order", "below 0 dB, best order"]
     files = {task: HERE / f"results/{task}/summary.json" for task in TASKS}
     rows = [score_row(name, current(summaries(files[task])[0])) for task, name in TASKS.items()]
+    for path in sorted(HERE.glob("results/unnamed/*/summary.json")):
+        (found,) = summaries(path)
+        rows.append(score_row(f"{TASKS[found['task']]}, no class named", current(found)))
     for place, path in RIVALS.items():
         for found in summaries(path):
             if found["separator"] == "default":
