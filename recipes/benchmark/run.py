@@ -1,9 +1,10 @@
 """Time, memory and real-time factor of separating 1 speech + 1 sound: the published and the small network.
 
-Each case runs in a process of its own, on random weights (time does not depend on them), and adds a row to
-results.jsonl; `--table` writes the rows as Markdown to results.md.
+Each case runs in a process of its own, on random weights (time does not depend on them) and without what guides the
+default preset. Its row takes the place of an earlier one of the same case in results.jsonl; results.md has the rows as
+Markdown.
 
-Run: python recipes/benchmark/run.py [--device cpu|cuda] [--out FOLDER]
+Run, where nothing else runs: python recipes/benchmark/run.py [--device cpu|cuda] [--network small] [--out FOLDER]
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
     },
 }
 PRESETS = ("default", "published")
+CASE = ("network", "preset", "device", "dtype", "checkpointing", "compiled", "segments")  # what tells rows apart
 
 
 def measure(
@@ -134,6 +136,7 @@ def main() -> None:
     """Run every case of the device, or the one given as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--network", choices=NETWORKS, help="of this network alone")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     parser.add_argument("--case", help="one case as JSON, printed and not kept")
     arguments = parser.parse_args()
@@ -142,18 +145,21 @@ def main() -> None:
         return
     arguments.out.mkdir(parents=True, exist_ok=True)
     log = arguments.out / "results.jsonl"
+    lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+    rows = {tuple(row.get(key, False) for key in CASE): row for row in map(json.loads, lines)}
     for case in cases(arguments.device):
+        if arguments.network not in (None, case["network"]):
+            continue
         command = [sys.executable, __file__, "--case", json.dumps(case)]
         done = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=False)
         if done.returncode:
             print(f"failed: {case}\n{done.stderr[-2000:]}", file=sys.stderr)
             continue
-        row = done.stdout.strip().splitlines()[-1]
-        print(row, flush=True)
-        with log.open("a", encoding="utf-8") as file:
-            file.write(row + "\n")
-    rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    (arguments.out / "results.md").write_text(table(rows), encoding="utf-8")
+        row = json.loads(done.stdout.strip().splitlines()[-1])
+        print(json.dumps(row), flush=True)
+        rows[tuple(row[key] for key in CASE)] = row
+        log.write_text("".join(json.dumps(row) + "\n" for row in rows.values()), encoding="utf-8")
+    (arguments.out / "results.md").write_text(table(list(rows.values())), encoding="utf-8")
 
 
 if __name__ == "__main__":
