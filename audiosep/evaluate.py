@@ -319,10 +319,12 @@ def guidance_facts(step: float) -> dict[str, Any]:
     }
 
 
-def low_rank_facts(share: float, sounds: int) -> dict[str, Any]:
-    """The same of low-rank guidance; its last step goes further, among sounds where there are several."""
+def low_rank_facts(share: float, sounds: int, labels: bool) -> dict[str, Any]:
+    """The same of low-rank guidance: the last step among several sounds, the rank of one without a class."""
     facts = {"share": share, "ranks": RANKS, "updates": UPDATES, "most noise": VAGUE}
-    return facts | {"last": LAST} if sounds > 1 else facts
+    if sounds > 1:
+        return facts | {"last": LAST}
+    return facts if labels else facts | {"rest": REST_RANK}
 
 
 def _trials(plan: Plan, tables: Mapping[str, Any], given: Mapping[str, Separates], out: Path | None) -> list[Trial]:
@@ -379,8 +381,7 @@ def _trials(plan: Plan, tables: Mapping[str, Any], given: Mapping[str, Separates
                 header["guidance"] = guidance_facts(getattr(separator, "guidance", 0.0))
             share = getattr(separator, "low_rank", 0.0)
             if share and dataset.n_sound:
-                rest = {"rest": REST_RANK} if dataset.n_sound == 1 and not labels else {}
-                header["low rank"] = low_rank_facts(share, dataset.n_sound) | rest
+                header["low rank"] = low_rank_facts(share, dataset.n_sound, labels)
             stems = out / "stems" if out is not None and plan.stems else None
             seed = mix_seed(plan.seed, own_seed)
             trials.append(Trial(name, separator, dataset, labels, plan.metrics, header, seed, stems))

@@ -622,17 +622,18 @@ class Separator:
 
     def _low_rank(self, sources: Sequence[Source]) -> LowRank | None:
         """Guidance by low rank; two voices share their spectra."""
-        ranks = self._ranks(sources)
-        if not self.low_rank or len(ranks) < 2 or ranks.count(RANKS["speech"]) > 1:
+        voices = sum(self.priors[source.prior].kind == "speech" for source in sources)
+        if not self.low_rank or len(sources) < 2 or voices > 1:
             return None
-        return LowRank(ranks, self.low_rank, self.device)
+        return LowRank(self._ranks(sources), self.low_rank, self.device)
 
     def _ranks(self, sources: Sequence[Source]) -> list[int]:
-        """Of the sources' spectrograms."""
-        kinds = [self.priors[source.prior].kind for source in sources]
-        unnamed = [source.label is None and kind not in RANKS for source, kind in zip(sources, kinds)]
-        free = REST_RANK if sum(unnamed) == 1 else 1  # several are meant to be one sound each
-        return [RANKS.get(kind, free if lacks else 1) for kind, lacks in zip(kinds, unnamed)]
+        """Of the sources' spectrograms; several sounds without a class are meant to be one sound each."""
+        ranks = [RANKS.get(self.priors[source.prior].kind, 1) for source in sources]
+        free = [k for k, source in enumerate(sources) if ranks[k] == 1 and source.label is None]
+        if len(free) == 1:
+            ranks[free[0]] = REST_RANK
+        return ranks
 
     def _build(self, joint: JointPrior, **options: Any) -> Sampler:
         options |= sampler_options(self.sampling)

@@ -36,7 +36,7 @@ from audiosep import hub, recipe, results
 from audiosep.data import parse_task
 from audiosep.evaluate import guidance_facts, low_rank_facts
 from audiosep.metrics import paired_interval
-from audiosep.separator import CLASSIFIER, GUIDANCE, LEAD, LEAST_NOISE, LIKENESS, LOW_RANK, REST_RANK, TAGGER
+from audiosep.separator import CLASSIFIER, GUIDANCE, LEAD, LEAST_NOISE, LIKENESS, LOW_RANK, TAGGER
 
 HERE = Path(__file__).parent
 README = HERE.parents[1] / "README.md"
@@ -98,11 +98,10 @@ def current(found: dict[str, Any]) -> dict[str, Any]:
         "classifiers": {name: digest for name, digest in listeners().items() if sounds > 1 or name == TAGGER},
         "exchange": {"likeness": LIKENESS, "lead": LEAD},
         "guidance": guidance_facts(GUIDANCE),
-        "low rank": low_rank_facts(LOW_RANK, sounds),
+        "low rank": low_rank_facts(LOW_RANK, sounds, found["labels"]),
     }
-    if not found["labels"]:  # then listeners tell a voice from a sound alone
-        today = today if sounds == 1 else {"low rank": today["low rank"]}
-        today["low rank"] |= {"rest": REST_RANK} if sounds == 1 else {}
+    if sounds > 1 and not found["labels"]:  # listeners can't tell them apart
+        today = {"low rank": today["low rank"]}
     ended = math.isclose(found["options"]["noise levels"][-1], LEAST_NOISE)
     if not ended or (sounds and any(found.get(key) != value for key, value in today.items())):
         raise SystemExit(f"{found['separator']}, {found['task']}: measured with other classifiers or constants")
