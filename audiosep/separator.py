@@ -1101,10 +1101,13 @@ def choose_device(name: str | torch.device) -> torch.device:
         if torch.cuda.is_available():  # one GPU for each of several processes
             return torch.device(f"cuda:{distributed.local_rank()}" if distributed.world_size() > 1 else "cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    unknown = f"unknown device {str(name)!r}; use auto, cpu, cuda, cuda:N or mps"
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UsageError(f"unknown device {name!r}; use auto, cpu, cuda, cuda:N or mps") from None
+        raise UsageError(unknown) from None
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise UsageError(unknown)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(
             f"device {name!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices; "

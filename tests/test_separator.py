@@ -642,8 +642,9 @@ def test_priors_of_different_rates_are_refused(tiny_prior):
 
 def test_devices_that_are_not_there_are_refused():
     assert choose_device("cpu").type == "cpu"
-    with pytest.raises(UsageError, match="warp"):
-        choose_device("warp9")
+    for name in ("warp9", "meta"):
+        with pytest.raises(UsageError, match=f"'{name}'"):
+            choose_device(name)
     if not torch.cuda.is_available():
         with pytest.raises(UsageError, match="doctor"):
             choose_device("cuda")

@@ -11,8 +11,8 @@ What stands between `<!-- NAME -->` and `<!-- /NAME -->` is replaced by the tabl
 - published: the default beside the paper's sampler.
 - posterior and cost: a known posterior, and what the command takes (`../benchmark`).
 - told, in README.md here: how well the listeners tell held-out stems apart (`results/told*.jsonl`, by `told.py`).
-- methods and samplers, in ../unasdiff/README.md: Table 2 with the shipped priors (`../unasdiff/results/table2`) and
-  what is shipped beside them (`../unasdiff/results/rivals`).
+- methods, samplers and standing, in ../unasdiff/README.md: Table 2 with the shipped priors
+  (`../unasdiff/results/table2`) and what is shipped beside them (`../unasdiff/results/rivals`).
 - shipped, in ../unasdiff/rivals.md: those alone, on 1 speech + 1 sound.
 
 `chart.py` draws Table 2.
@@ -236,6 +236,19 @@ def _samplers(task: str) -> str:
     return table([*head, *(["PESQ-WB"] if voice else []), "evaluations", "s, median"], rows)
 
 
+def standing() -> str:
+    """The table `standing`: what the default has over the other samplers, task by task."""
+    others = ("default, priors alone", "hybrid, default levels", "hybrid, published", "DSG", "DPS", "analytical")
+    head = ["default has more than", *others, "time of hybrid, published"]
+    rows = []
+    for task, name in TASKS.items():
+        if found := measured(task):
+            more = [_more(found["default"], found[other], "si_sdr_permuted") for other in others]
+            share = _seconds(found["default"]) / _seconds(found["hybrid, published"])
+            rows.append([f"{name}, {found['default']['count']}", *more, f"{100 * share:.0f} %"])
+    return table(head, rows)
+
+
 def published() -> str:
     """The sentence `published`: the default beside the paper's sampler, both with the shipped priors."""
     found = measured("1speech+1sound")
@@ -327,7 +340,7 @@ TABLES = {
         "example": example,
     },
     HERE / "README.md": {"told": told},
-    HERE.parent / "unasdiff/README.md": {"methods": methods, "samplers": samplers},
+    HERE.parent / "unasdiff/README.md": {"methods": methods, "samplers": samplers, "standing": standing},
     HERE.parent / "unasdiff/rivals.md": {"shipped": shipped},
 }
 
