@@ -24,6 +24,7 @@ from torch import Tensor
 
 from audiosep import audio, metrics, report
 from audiosep.errors import UsageError
+from audiosep.mixing import best_permutation
 from audiosep.progress import Callback
 from audiosep.samplers import Noise, Sampler
 from audiosep.separator import Separator
@@ -34,6 +35,7 @@ log = logging.getLogger("audiosep.diagnose")
 
 SAMPLERS = ("dps", "dsg", "hybrid")
 LEFT = 0.1  # of the mixture, beyond rounding and lossy formats: references that are not its sources
+CUT = 0.99  # quantile of the bound's size up to which its curve is surely shown
 SHOWN = 5  # states of a trajectory that the page plays
 
 
@@ -46,7 +48,9 @@ class Trace:
         bound: (S, K) g_bound, what gamma has to exceed.
         gamma: (S, K) the guidance strength that was used.
         strength: (S,) RMS of the guidance before it is normalised by the gradient, figure 3; constant gamma for DPS.
-        si_sdr: (S, K) of the denoised estimates, in dB.
+        si_sdr: (S, K) of the denoised estimates, in dB, each against the reference of its own source.
+        si_sdr_permuted: (S, K) of each reference's estimate in the order that is best at the end, in which the paper
+            scores.
         states: (step, sources (K, N) relative to the clean signal's scale), evenly spaced over the run.
     """
 
@@ -55,6 +59,7 @@ class Trace:
     gamma: list[list[float]] = field(default_factory=list)
     strength: list[float] = field(default_factory=list)
     si_sdr: list[list[float]] = field(default_factory=list)
+    si_sdr_permuted: list[list[float]] = field(default_factory=list)
     states: list[tuple[float, Tensor]] = field(default_factory=list)
 
 
@@ -68,7 +73,7 @@ def trace(
     """
     if not sampler.needs_gradient:
         raise UsageError(f"{type(sampler).__name__} takes no gradient, so it has no guidance strength to draw")
-    found = Trace()
+    found, tables = Trace(), []
     count = len(sampler.times)
     shown = set(np.linspace(0, count - 1, min(SHOWN, count)).round().astype(int).tolist())
     for state in sampler(mixture[None], Noise([seed])):
@@ -83,11 +88,14 @@ def trace(
         found.bound.append(((prior * gradient).sum(-1) / squares).tolist())
         found.gamma.append((guidance.norm(dim=-1) / squares.sqrt()).tolist())
         found.strength.append(_strength(sampler, i))
-        found.si_sdr.append(metrics.si_sdr(state.denoised[0], references).clamp(-100, 100).tolist())
+        tables.append(metrics.si_sdr(state.denoised[0, :, None], references[None]).clamp(-100, 100))
         if i in shown:
             found.states.append((float(state.t), (state.x[0] / sampler.alphas[i + 1]).detach().cpu()))
         if progress is not None:
             progress(state.step, count, f"step {state.step}/{count}")
+    order = best_permutation(tables[-1][None])[0]
+    found.si_sdr = [table.diagonal().tolist() for table in tables]
+    found.si_sdr_permuted = [table[order].diagonal().tolist() for table in tables]
     return found
 
 
@@ -168,7 +176,8 @@ def _write(
     plots, facts = [], {}
     for name, found in traces.items():
         plots += _plots(name, found, names)
-        facts[name] = {source: f"{value:.2f} dB" for source, value in zip(names, found.si_sdr[-1])}
+        both = zip(names, found.si_sdr_permuted[-1], found.si_sdr[-1])
+        facts[name] = {source: f"{best:.2f} dB" + _own(best, fixed) for source, best, fixed in both}
         for step, state in found.states:
             for source, wave in zip(names, state):
                 shown = wave / wave.abs().max().clamp(min=1.0)  # early states are louder than full scale
@@ -176,16 +185,21 @@ def _write(
     report.write_page(folder / "report.html", "Guidance", facts, tracks, [*plots, _schedules(traces)])
 
 
+def _own(best: float, fixed: float) -> str:
+    """What the source's own estimate has, where it isn't the one that fits best."""
+    return "" if best == fixed else f" from another source's estimate, {fixed:.2f} dB from its own"
+
+
 def _plots(name: str, found: Trace, sources: Sequence[str]) -> list[report.Plot]:
-    bound, gamma, si_sdr = np.array(found.bound), np.array(found.gamma), np.array(found.si_sdr)
-    # The bound's largest swings, where the gradient almost vanishes, would flatten everything else.
-    limit = 1.5 * np.quantile(np.abs(gamma), 0.98)
+    bound, gamma, si_sdr = np.array(found.bound), np.array(found.gamma), np.array(found.si_sdr_permuted)
+    # The largest swings, where the gradient almost vanishes, would flatten everything else.
+    limit = 1.5 * max(np.quantile(np.abs(gamma), 0.98), np.quantile(np.abs(bound), CUT))
     curves = {f"bound, {source}": bound[:, k].clip(-limit, limit) for k, source in enumerate(sources)}
     curves |= {f"gamma, {source}": gamma[:, k].clip(-limit, limit) for k, source in enumerate(sources)}
     scores = {source: si_sdr[:, k] for k, source in enumerate(sources)}
     return [
-        _over_steps(f"{name}: guidance strength gamma and its bound", curves, found),
-        _over_steps(f"{name}: SI-SDR in dB", scores, found),
+        _over_steps(f"{name}: guidance strength gamma and its bound, cut off at +-{limit:.3g}", curves, found),
+        _over_steps(f"{name}: SI-SDR in dB, in the order that is best at the end", scores, found),
     ]
 
 

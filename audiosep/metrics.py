@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ __all__ = [
     "failure_rate",
     "paired_interval",
     "pesq",
+    "rate_interval",
     "sdr",
     "si_sdr",
     "si_sdri",
@@ -131,6 +133,17 @@ def paired_interval(
     if left.shape != right.shape:
         raise UsageError(f"a paired interval needs the same items, got {left.size} and {right.size}")
     return bootstrap_interval(left - right, level, seed)
+
+
+def rate_interval(failures: int, count: int, level: float = 0.95) -> tuple[float, float]:
+    """Interval of a share, (low, high), that is not empty where none or all failed: E. B. Wilson's (1927)."""
+    if not 0 < level < 1:
+        raise UsageError(f"level lies between 0 and 1, got {level}")
+    if not 0 <= failures <= count or count < 1:
+        raise UsageError(f"failures lie between 0 and the count, which is at least 1, got {failures} of {count}")
+    z2, rate = NormalDist().inv_cdf((1 + level) / 2) ** 2 / count, failures / count
+    centre, half = rate + z2 / 2, (z2 * (rate * (1 - rate) + z2 / 4)) ** 0.5
+    return max(0.0, (centre - half) / (1 + z2)), min(1.0, (centre + half) / (1 + z2))
 
 
 Metric = Callable[[Tensor, Tensor, int], Tensor]

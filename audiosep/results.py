@@ -107,7 +107,7 @@ def _summary(header: Mapping[str, Any], rows: Sequence[Row]) -> Summary:
         "mixture_si_sdr": _statistics(mixture),
         "si_sdri_permuted": _statistics(permuted - mixture),
         "failure_rate_permuted": metrics.failure_rate(permuted),
-        "failure_rate_permuted_interval": list(metrics.bootstrap_interval(permuted < 0)),
+        "failure_rate_permuted_interval": list(metrics.rate_interval(int((permuted < 0).sum()), len(rows))),
         "success_permuted": _statistics(permuted[permuted >= 0]),
         "si_sdr_by_kind": {kind: float(np.mean(values)) for kind, values in by_kind.items() if values},
         "evaluations": _mean([row.get("evaluations") for row in rows]),
@@ -334,7 +334,7 @@ def _tracks(example: Example) -> list[report.Track]:
 
 
 def _plots(summaries: Sequence[Summary], rows: Mapping[tuple[str, str], Sequence[Row]]) -> list[report.Plot]:
-    """For each task the distribution of SI-SDR, then quality against network evaluations."""
+    """For each task the distribution of SI-SDR, then quality against evaluations of priors."""
     plots = []
     for task in dict.fromkeys(summary["task"] for summary in summaries):
         curves, points = {}, {}
@@ -351,6 +351,6 @@ def _plots(summaries: Sequence[Summary], rows: Mapping[tuple[str, str], Sequence
         places = np.concatenate([*points.values(), np.zeros((0, 2))])[:, 0]
         if len(places) > 1:
             start, end = np.floor(places.min()), np.ceil(places.max() + 1e-9)
-            title = f"{task}: SI-SDR in dB (best order) against network evaluations"
+            title = f"{task}: SI-SDR in dB (best order) against evaluations of priors"
             plots.append(report.Plot(title, {}, "log10(evaluations)", end, x_start=start, points=points))
     return plots

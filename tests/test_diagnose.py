@@ -41,6 +41,16 @@ def test_dps_on_gaussian_priors_in_closed_form(gaussian):
         assert found.bound[0][k] == pytest.approx(bound.item(), rel=1e-3)
 
 
+def test_scores_of_sources_that_ended_in_the_other_order(gaussian):
+    sampler = build(gaussian.joint, "dps", "published", steps=4)
+    references = torch.randn(2, gaussian.mixture.shape[-1], generator=torch.Generator().manual_seed(1))
+    one, other = (diagnose.trace(sampler, gaussian.mixture[0], waves) for waves in (references, references.flip(0)))
+    assert np.array_equal(one.si_sdr_permuted, np.flip(other.si_sdr_permuted, 1))
+    kept, swapped = (one, other) if np.mean(one.si_sdr[-1]) > np.mean(other.si_sdr[-1]) else (other, one)
+    assert kept.si_sdr_permuted == kept.si_sdr
+    assert not np.allclose(swapped.si_sdr_permuted, swapped.si_sdr)
+
+
 def test_a_sampler_without_gradients_is_refused(gaussian):
     with pytest.raises(UsageError, match="MomentMatching takes no gradient"):
         diagnose.trace(build(gaussian.joint), gaussian.mixture[0], gaussian.mixture[:1].expand(2, -1))

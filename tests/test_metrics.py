@@ -1,5 +1,7 @@
 """Scores against signals whose score is known, and against another implementation."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -92,6 +94,25 @@ def test_agrees_with_torchmetrics():
     assert torch.allclose(metrics.sdr(estimate, reference), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("package", "score", "name", "options"),
+    [
+        ("pystoi", metrics.estoi, "short_time_objective_intelligibility", {"extended": True}),
+        ("pesq", metrics.pesq, "perceptual_evaluation_speech_quality", {"mode": "wb"}),
+    ],
+)
+def test_scores_of_speech_agree_with_torchmetrics(package, score, name, options):
+    """On a pair where it makes a difference which one is the reference: it pauses, the estimate doesn't."""
+    other = pytest.importorskip("torchmetrics.functional.audio")
+    pytest.importorskip(package)
+    clean = buzz()
+    clean[12000:22000] = 0
+    estimate = clean + 0.03 * torch.randn(clean.shape, generator=torch.Generator().manual_seed(0)).double()
+    expected = getattr(other, name)(estimate, clean, 16000, **options)
+    assert score(estimate, clean).item() == pytest.approx(expected.item(), abs=1e-6)
+    assert abs(score(estimate, clean) - score(clean, estimate)) > 0.01
+
+
 def buzz(seconds=2.0, rate=16000):
     """Something like a voice: pulses at 120 Hz through a slow envelope."""
     n = np.arange(int(seconds * rate))
@@ -133,6 +154,20 @@ def test_failure_rate():
     assert metrics.failure_rate([-1.0, 0.0, 3.0, -torch.inf]) == 0.5
     with pytest.raises(UsageError, match="no values"):
         metrics.failure_rate([])
+
+
+def test_rate_interval_covers_the_rate_as_often_as_it_says():
+    """Exactly, over all outcomes of 40 mixtures; the plain bootstrap has nothing to resample where none failed."""
+    low, high = metrics.rate_interval(0, 40)
+    assert low == 0
+    assert high == pytest.approx(0.0876, abs=1e-4)
+    assert metrics.rate_interval(40, 40) == pytest.approx((1 - high, 1))
+    intervals = [metrics.rate_interval(k, 40) for k in range(41)]
+    for rate in (0.05, 0.1, 0.3, 0.5):
+        chance = [math.comb(40, k) * rate**k * (1 - rate) ** (40 - k) for k in range(41)]
+        assert 0.93 < sum(p for p, (low, high) in zip(chance, intervals) if low <= rate <= high) < 0.99
+    with pytest.raises(UsageError, match="5 of 4"):
+        metrics.rate_interval(5, 4)
 
 
 def test_bootstrap_interval_covers_the_mean_as_often_as_it_says():

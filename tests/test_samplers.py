@@ -32,18 +32,24 @@ def test_published_preset_reproduces_the_published_loop(gaussian, sampler, name,
     assert compared == (6 if last == 0 else 5)
 
 
-@pytest.mark.parametrize(("count", "share", "left"), [(2, 0.5, 0.0), (3, 0.5, -0.5), (3, 1 / 3, 0.0)])
-def test_analytical_sampling_shares_the_residual(gaussian, count, share, left):
-    """Two rounds of 1/2 for two sources: x_k + (y - sum x)/2. For three they overshoot by half, thirds don't."""
-    sampler = build(gaussian.joint, "analytical", "published", share=share, corrections=1 if count == 3 else 2)
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_analytical_sampling_shares_the_residual(gaussian, count):
+    """Two rounds, the first of the states before the step: x_k + (y - sum x)/K, whatever those states were."""
+    sampler = build(gaussian.joint, "analytical", "published")
     generator = torch.Generator().manual_seed(0)
     x, x_t = torch.randn(2, 2, count, 50, generator=generator)
-    x_t = x if count == 3 else x_t  # one round is of the states before the step
     y = torch.randn(2, 50, generator=generator)
     moved = x + sampler.guide(x, x_t, x, y, 0)
     residual = y - x.sum(1)
-    assert torch.allclose(y - moved.sum(1), left * residual, atol=1e-5)
-    assert torch.allclose(moved - x, (1 - left) / count * residual[:, None].expand_as(x), atol=1e-5)
+    assert torch.allclose(moved.sum(1), y, atol=1e-5)
+    assert torch.allclose(moved - x, residual[:, None].expand_as(x) / count, atol=1e-5)
+
+
+def test_analytical_sampling_with_undiffs_half_overshoots_for_three(gaussian):
+    sampler = build(gaussian.joint, "analytical", "published", share=0.5, corrections=1)
+    x, y = torch.randn(2, 3, 50), torch.randn(2, 50)
+    moved = x + sampler.guide(x, x, x, y, 0)
+    assert torch.allclose(y - moved.sum(1), -0.5 * (y - x.sum(1)), atol=1e-5)
 
 
 def draw(gaussian, runs, **options):

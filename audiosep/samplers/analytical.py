@@ -2,7 +2,8 @@
 
 Anastasiia Iashchenko et al., "UnDiff: Unsupervised Voice Restoration with Unconditional Diffusion Model", 2023,
 https://arxiv.org/abs/2306.00721, section "source separation". After the prior's step x', twice: what the current states
-(first the ones before the step) leave of the mixture is added to an accumulator a, and x_k = x'_k + a / 2.
+(first the ones before the step) leave of the mixture is added to an accumulator a, and x_k = x'_k + a / K: after the
+second round x_k = x'_k + (y - sum_j x'_j) / K. UnDiff has two sources, and writes 1/2.
 
 UnDiff's Langevin corrector is left out: with its step of 1e-10 it moves nothing that can be measured and doubles the
 network evaluations.
@@ -23,8 +24,8 @@ class Analytical(Sampler):
     """`corrections` rounds of adding a share of the residual to every source.
 
     Args:
-        share: of the residual, what a source gets in a round. With 1/2, UnDiff's, two rounds make two sources add up to
-            the mixture exactly; three get more than is left. `1 / K` makes any K add up in one round.
+        share: of the residual, what a source gets in a round; None is 1 / K, with which two rounds make the sources add
+            up to the mixture.
     """
 
     def __init__(
@@ -32,7 +33,7 @@ class Analytical(Sampler):
         prior: JointPrior,
         *,
         corrections: int = 2,
-        share: float = 0.5,
+        share: float | None = None,
         init: str = "noise",
         shared_noise: bool = False,
         t_init: float | None = None,
@@ -42,9 +43,10 @@ class Analytical(Sampler):
         self.corrections, self.share = corrections, share
 
     def guide(self, x: Tensor, x_t: Tensor, denoised: Tensor, y: Tensor, i: int) -> Tensor:
+        share = 1 / x.shape[1] if self.share is None else self.share
         accumulated = 0.0 * y
         states = x_t
         for _ in range(self.corrections):
             accumulated = accumulated + residual(y, states)
-            states = x + self.share * accumulated[:, None]
+            states = x + share * accumulated[:, None]
         return states - x
