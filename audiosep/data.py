@@ -52,6 +52,8 @@ KINDS = ("speech", "sound")
 # 4.5e-8 (-73 dBFS), whatever the sample rate.
 ACTIVE_POWER = 1e-4 / 2205
 
+BLOCK = 2**22  # frames of a recording that are read at a time
+
 Wave = NDArray[np.float32]
 
 
@@ -156,15 +158,25 @@ def load_clip(path: Path, sample_rate: int, seconds: float | None = None, where:
             rate = file.samplerate
             frames = file.frames if seconds is None else round(seconds * rate)
             file.seek(int(where * max(0, file.frames - frames)))
-            wave = file.read(frames, dtype="float32", always_2d=True).mean(axis=1)
-    except (OSError, soundfile.SoundFileError) as error:
+            wave = _read(file, frames)
+        wave = wave if rate == sample_rate else soxr.resample(wave, rate, sample_rate)
+    except (OSError, soundfile.SoundFileError, MemoryError, ValueError, RuntimeError) as error:  # the last are soxr's
         reason = str(error) if path.exists() else "no such file"
         raise AudioError(f"{path}: can't be decoded: {reason}") from error
     if wave.size == 0:
         raise AudioError(f"{path}: holds no samples")
     if not np.isfinite(wave).all():
         raise AudioError(f"{path}: holds NaN or infinite samples")
-    return wave if rate == sample_rate else soxr.resample(wave, rate, sample_rate)
+    return wave
+
+
+def _read(file: soundfile.SoundFile, frames: int) -> Wave:
+    """So many frames, or what there is, as one channel; in blocks, as a damaged header may promise more than memory."""
+    parts = []
+    while frames > 0:
+        parts.append(file.read(min(frames, BLOCK), dtype="float32", always_2d=True).mean(axis=1))
+        frames = frames - len(parts[-1]) if len(parts[-1]) else 0
+    return np.concatenate(parts) if parts else np.zeros(0, np.float32)
 
 
 class Cache:
@@ -184,6 +196,8 @@ class Cache:
         while not index.exists():  # another process of this machine is at it
             time.sleep(0.5)
         facts = json.loads(index.read_text(encoding="utf-8"))
+        for reason in facts.get("reasons", ()):
+            warnings.warn(f"left out of training: {reason}", stacklevel=2)
         self.ends, self.scales = np.cumsum([0, *facts["frames"]]), facts["scales"]
         self.failed = [i for i, frames in enumerate(facts["frames"]) if frames == 0]
         self._samples: NDArray[np.int16] | None = None
@@ -220,7 +234,7 @@ def _fill_cache(items: Sequence[Item], sample_rate: int, path: Path, index: Path
         except AudioError as error:
             return str(error)
 
-    frames, scales = [], []
+    frames, scales, reasons = [], [], []
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -228,7 +242,7 @@ def _fill_cache(items: Sequence[Item], sample_rate: int, path: Path, index: Path
             for first in range(0, len(items), 256):  # so many are in memory at a time
                 for wave in pool.map(decode, items[first : first + 256]):
                     if isinstance(wave, str):
-                        warnings.warn(f"left out of training: {wave}", stacklevel=2)
+                        reasons.append(wave)
                         wave = np.zeros(0, np.float32)
                     scale = float(np.abs(wave).max(initial=1e-9)) / 32767
                     file.write(np.rint(wave / scale).astype("<i2").tobytes())
@@ -237,7 +251,7 @@ def _fill_cache(items: Sequence[Item], sample_rate: int, path: Path, index: Path
             if not any(frames):
                 raise AudioError(f"{items[0].path}: can't be decoded, nor can any other recording")
         partial.replace(path)
-        partial.write_text(json.dumps({"frames": frames, "scales": scales}), encoding="utf-8")
+        partial.write_text(json.dumps({"frames": frames, "scales": scales, "reasons": reasons}), encoding="utf-8")
         partial.replace(index)
     except OSError as error:
         raise AudioError(f"{path}: can't be written: {error}") from error

@@ -166,6 +166,20 @@ def test_clips_that_cannot_be_had(tmp_path):
         load_clip(tmp_path / "d.wav", RATE)
 
 
+def test_headers_that_promise_too_much(tmp_path):
+    """A flipped bit asks for more memory than there is."""
+    soundfile.write(tmp_path / "a.flac", np.zeros(1000), RATE)
+    content = bytearray((tmp_path / "a.flac").read_bytes())
+    content[21] |= 0x0F  # the highest bits of the number of samples
+    (tmp_path / "a.flac").write_bytes(content)
+    assert soundfile.info(tmp_path / "a.flac").frames > 2**35
+    with pytest.raises(AudioError, match=r"a\.flac: can't be decoded"):
+        load_clip(tmp_path / "a.flac", RATE)
+    soundfile.write(tmp_path / "b.wav", np.zeros(10), 1)
+    with pytest.raises(AudioError, match=r"b\.wav: can't be decoded"):
+        load_clip(tmp_path / "b.wav", 2**40)
+
+
 @pytest.mark.parametrize("rate", [8000, 16000, 44100])
 def test_active_spans_find_the_events(rate):
     quiet = np.zeros(rate)
@@ -504,6 +518,10 @@ def test_a_cache_leaves_out_what_cannot_be_read(damaged, tmp_path):
         dataset = SourceDataset(damaged, 100, cache=tmp_path / "cache")
     assert dataset.failed == ["sound/r1.wav", "speech/a1.flac"]
     assert all(dataset[i]["wave"].any() for i in range(20))
+    with pytest.warns(UserWarning, match="left out of training") as again:  # by those, too, that find the cache
+        SourceDataset(damaged, 100, cache=tmp_path / "cache")
+    assert len(again) == 2
+    assert all("can't be decoded" in str(warning.message) for warning in again)
     (tmp_path / "file").touch()
     with pytest.raises(AudioError, match="can't be written"):
         Cache(damaged, RATE, tmp_path / "file")

@@ -10,7 +10,8 @@ What stands between `<!-- NAME -->` and `<!-- /NAME -->` is replaced by the tabl
 - example: the recording of the first minute (`../example/result.json`).
 - published: the default beside the paper's sampler.
 - posterior and cost: a known posterior, and what the command takes (`../benchmark`).
-- told, in README.md here: how well the listeners tell held-out stems apart (`results/told*.jsonl`, by `told.py`).
+- loading, in README.md here: windows a second (`../benchmark/loading.jsonl`).
+- told, there, too: how well the listeners tell held-out stems apart (`results/told*.jsonl`, by `told.py`).
 - methods, samplers and standing, in ../unasdiff/README.md: Table 2 with the shipped priors
   (`../unasdiff/results/table2`) and what is shipped beside them (`../unasdiff/results/rivals`).
 - shipped, in ../unasdiff/rivals.md: those alone, on 1 speech + 1 sound.
@@ -305,6 +306,14 @@ def told() -> str:
     return table(["", *(TASKS[task] for task in tasks)], rows)
 
 
+def loading() -> str:
+    """The table `loading`: how fast windows are made."""
+    head = ["windows of 4 s a second", "decoded each time", "from the cache", "the cache, GB", "made in, s of a core"]
+    names = ("kind", "decoded_each_time", "from_the_cache", "cache_gb", "cache_made_in_s")
+    rows = read(HERE.parent / "benchmark/loading.jsonl")
+    return table(head, [[str(row[name]) for name in names] for row in rows])
+
+
 def shipped() -> str:
     """The table `shipped`: the rivals of 1 speech + 1 sound that need no training, and the oracles."""
     found = [row for row in summaries(RIVALS[""]) if row["task"] == "1speech+1sound"]
@@ -347,7 +356,7 @@ TABLES = {
         "cost": cost,
         "example": example,
     },
-    HERE / "README.md": {"told": told},
+    HERE / "README.md": {"loading": loading, "told": told},
     HERE.parent / "unasdiff/README.md": {"methods": methods, "samplers": samplers, "standing": standing},
     HERE.parent / "unasdiff/rivals.md": {"shipped": shipped},
 }
