@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import pickle
 import re
@@ -55,6 +56,8 @@ __all__ = [
     "save_model",
     "save_prior",
 ]
+
+log = logging.getLogger(__name__)
 
 # A new backbone, schedule or supervised network is one line here.
 BACKBONES: dict[str, Callable[..., nn.Module]] = {
@@ -258,7 +261,8 @@ def find(name: str | Path) -> Path:
 def download(name: str) -> Path:
     """Fetch `org/name[@revision]` as it is on the Hub now; the folder in the cache. ModelError when it can't be had.
 
-    What is damaged in the cache is fetched anew.
+    What is damaged in the cache is fetched anew. Where the Hub can't be reached, a sound copy fetched before does, and
+    a warning names its revision.
     """
     match = _HUB_NAME.fullmatch(name)
     if not match:
@@ -267,6 +271,7 @@ def download(name: str) -> Path:
     if _damaged(folder):
         _fetch_anew(match[1], folder)
     _read_weights(folder, read_config(folder), "it is the same on the Hub: tell who published it")
+    _warn_of_old(match[1], match[2], folder)
     return folder
 
 
@@ -544,8 +549,31 @@ def _from_hub(repo: str, revision: str | None) -> Path:
 
 
 def _fetch(repo: str, revision: str | None) -> Path:
-    with _hub_errors(f"{repo}@{revision}" if revision else repo, "no such folder, not in the cache, and "):
-        return _snapshot(repo, revision, local=False)
+    from huggingface_hub import HfApi
+
+    with _hub_errors(_as_asked(repo, revision), "no such folder, not in the cache, and "):
+        folder = _snapshot(repo, revision, local=False)
+        if not all((folder / file).is_file() for file in (CONFIG, WEIGHTS)):
+            # The Hub hasn't got them, or it wasn't reached and an interrupted download left these: then this fails.
+            HfApi().model_info(repo, revision=folder.name)
+    return folder
+
+
+def _warn_of_old(repo: str, revision: str | None, folder: Path) -> None:
+    """Say that a snapshot may be an old one: the client passes over a Hub that doesn't answer when it has a copy."""
+    from huggingface_hub import HfApi, constants
+
+    if constants.HF_HUB_OFFLINE or revision == folder.name:  # as asked for, or never another
+        return
+    try:
+        with _hub_errors(_as_asked(repo, revision)):
+            HfApi().model_info(repo, revision=revision)
+    except ModelError as error:
+        log.warning("%s; this is the copy fetched before, revision %s", error, folder.name)
+
+
+def _as_asked(repo: str, revision: str | None) -> str:
+    return f"{repo}@{revision}" if revision else repo
 
 
 def _fetch_anew(repo: str, folder: Path) -> None:

@@ -4,6 +4,7 @@ import json
 import pickle
 import re
 import shlex
+import shutil
 
 import numpy as np
 import pytest
@@ -157,12 +158,12 @@ def test_a_checkpoint_is_replaced_another_folder_is_not(folder, tmp_path):
     assert left == {"tiny", "music", "empty"}
 
 
+def full(*_):
+    raise OSError(28, "No space left on device")
+
+
 def test_a_failed_save_leaves_the_old_checkpoint_and_no_rubbish(folder, tmp_path, monkeypatch):
     before = (folder / "config.json").read_bytes()
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
     monkeypatch.setattr(hub, "save", full)
     with pytest.raises(ModelError, match="No space left"):
         hub.save_prior(tiny_prior(("Rain",)), folder, CARD)
@@ -319,6 +320,21 @@ def test_a_hub_name_that_cannot_be_had(tmp_path, monkeypatch):
         hub.find("org/name")
     with pytest.raises(ModelError, match=r"no such folder, .*no name that the Hub allows: .*'\.git'"):
         hub.find("org/name.git")
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+def test_what_an_interrupted_download_left_is_not_taken_for_the_whole(file, folder, tmp_path, monkeypatch):
+    """Without the list of files that newer clients keep, the client returns it when the network is gone."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    cache = tmp_path / "models--org--tiny"
+    (folder / file).unlink()
+    shutil.copytree(folder, cache / "snapshots" / ("1" * 40))
+    (cache / "refs").mkdir()
+    (cache / "refs/main").write_text("1" * 40)
+    for get in (hub.download, hub.find):
+        with pytest.raises(ModelError, match=r"org/tiny: .*not in the cache, and the Hub is not asked"):
+            get("org/tiny")
 
 
 # The published checkpoints
