@@ -9,6 +9,7 @@ of a model that separates by itself (supervised networks, NMF) has "model" in pl
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import json
 import logging
@@ -17,6 +18,7 @@ import pickle
 import re
 import shlex
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -221,6 +223,7 @@ def _save(
         raise ModelError(f"{folder} is there and not a checkpoint; choose another name")
     partial = folder.parent / f".{folder.name}.{os.getpid()}.partial"
     try:
+        _sweep(folder)
         partial.mkdir(parents=True)
         (partial / WEIGHTS).write_bytes(save(_stored(module, dtype)))
         config = config | {"sha256": _sha256(partial / WEIGHTS)}
@@ -780,6 +783,8 @@ def _replaceable(folder: Path) -> bool:
 
 def _replace(folder: Path, partial: Path) -> None:
     """Put the complete folder in its place; an older one goes when the new one is there."""
+    if _exchange(folder, partial):
+        return  # the older one lies in `partial` now, which goes in any case
     old = partial.with_suffix(".old")
     if folder.exists():
         folder.rename(old)
@@ -790,6 +795,40 @@ def _replace(folder: Path, partial: Path) -> None:
             old.rename(folder)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two folders at one stroke, so that there always is one; False where that can't be done."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
+    here, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
+    return rename is not None and rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
+
+
+def _sweep(folder: Path) -> None:
+    """Of what killed saves left, the older checkpoint goes back when there is no other, the rest goes."""
+    for path in folder.parent.glob(".*"):
+        match = re.fullmatch(rf"\.{re.escape(folder.name)}\.(\d+)\.(old|partial)", path.name)
+        if match is None or _runs(int(match[1])):
+            continue
+        if match[2] == "old" and not folder.exists():
+            path.rename(folder)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _runs(process: int) -> bool:
+    """Whether there is such a process, other than this one; taken to be so on Windows, where `os.kill` would end it."""
+    if process == os.getpid():
+        return False
+    if os.name == "nt":
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 def _sha256(path: Path) -> str:

@@ -1,10 +1,15 @@
 """Checkpoints: what is saved is what is loaded, and nothing else is."""
 
 import json
+import os
 import pickle
 import re
 import shlex
 import shutil
+import subprocess
+import sys
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -169,6 +174,49 @@ def test_a_failed_save_leaves_the_old_checkpoint_and_no_rubbish(folder, tmp_path
         hub.save_prior(tiny_prior(("Rain",)), folder, CARD)
     assert (folder / "config.json").read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["tiny"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="two renames elsewhere")
+def test_a_checkpoint_is_there_while_it_is_replaced(folder, tmp_path):
+    ended, missed = threading.Event(), []
+
+    def look():
+        while not ended.is_set():
+            if not (folder / "config.json").is_file():
+                missed.append(time.monotonic())
+
+    reader = threading.Thread(target=look)
+    reader.start()
+    try:
+        for i in range(300):
+            shutil.copytree(folder, tmp_path / f"{i}.partial")
+            hub._replace(folder, tmp_path / f"{i}.partial")
+    finally:
+        ended.set()
+        reader.join()
+    assert not missed
+
+
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_what_killed_saves_left_is_put_back_or_goes(exchanges, folder, tmp_path, monkeypatch):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    others = [".tiny.notes", f".tiny-2.{gone.pid}.partial", f".tiny.{os.getppid()}.partial"]
+    for name in (*others, f".tiny.{gone.pid}.partial", f".tiny.{os.getpid()}.partial"):
+        (tmp_path / name).mkdir()
+    before = (folder / "config.json").read_bytes()
+    folder.rename(tmp_path / f".tiny.{gone.pid}.old")
+    if not exchanges:
+        monkeypatch.setattr(hub, "_exchange", lambda *_: False)
+    with monkeypatch.context() as patch:
+        patch.setattr(hub, "save", full)
+        with pytest.raises(ModelError, match="No space left"):
+            hub.save_prior(tiny_prior(("Rain",)), folder, CARD)
+    assert (folder / "config.json").read_bytes() == before
+    assert {p.name for p in tmp_path.iterdir()} == {"tiny", *others}
+    hub.save_prior(tiny_prior(("Rain",)), folder, CARD)
+    assert hub.load_prior(folder).classes == ("Rain",)
+    assert {p.name for p in tmp_path.iterdir()} == {"tiny", *others}
 
 
 def test_diverged_weights_are_not_saved(tmp_path):
