@@ -538,6 +538,15 @@ def test_every_recipe_builds(path, tables):
     recipe.build(fit._card, tables["card"], "card")
 
 
+@pytest.mark.parametrize("path", [path for path in TRAINED if path.stem.endswith("paper") and "prior" in TRAINED[path]])
+def test_priors_of_the_published_setting_have_the_usual_betas(path):
+    """The paper names AdamW and its rate only."""
+    usual = inspect.signature(torch.optim.AdamW).parameters
+    options = recipe.build(train.Options, TRAINED[path]["train"], "train")
+    assert list(options.betas) == list(usual["betas"].default)
+    assert options.weight_decay == usual["weight_decay"].default
+
+
 def test_every_shipped_card_names_the_sources_of_its_recordings():
     made = prepare("open16k", "card")
     for entry in hub.list_checkpoints():
