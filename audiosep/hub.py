@@ -9,13 +9,16 @@ of a model that separates by itself (supervised networks, NMF) has "model" in pl
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import json
+import logging
 import os
 import pickle
 import re
 import shlex
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -55,6 +58,8 @@ __all__ = [
     "save_model",
     "save_prior",
 ]
+
+log = logging.getLogger(__name__)
 
 # A new backbone, schedule or supervised network is one line here.
 BACKBONES: dict[str, Callable[..., nn.Module]] = {
@@ -218,6 +223,7 @@ def _save(
         raise ModelError(f"{folder} is there and not a checkpoint; choose another name")
     partial = folder.parent / f".{folder.name}.{os.getpid()}.partial"
     try:
+        _sweep(folder)
         partial.mkdir(parents=True)
         (partial / WEIGHTS).write_bytes(save(_stored(module, dtype)))
         config = config | {"sha256": _sha256(partial / WEIGHTS)}
@@ -258,7 +264,8 @@ def find(name: str | Path) -> Path:
 def download(name: str) -> Path:
     """Fetch `org/name[@revision]` as it is on the Hub now; the folder in the cache. ModelError when it can't be had.
 
-    What is damaged in the cache is fetched anew.
+    What is damaged in the cache is fetched anew. Where the Hub can't be reached, a sound copy fetched before does, and
+    a warning names its revision.
     """
     match = _HUB_NAME.fullmatch(name)
     if not match:
@@ -267,6 +274,7 @@ def download(name: str) -> Path:
     if _damaged(folder):
         _fetch_anew(match[1], folder)
     _read_weights(folder, read_config(folder), "it is the same on the Hub: tell who published it")
+    _warn_of_old(match[1], match[2], folder)
     return folder
 
 
@@ -544,8 +552,31 @@ def _from_hub(repo: str, revision: str | None) -> Path:
 
 
 def _fetch(repo: str, revision: str | None) -> Path:
-    with _hub_errors(f"{repo}@{revision}" if revision else repo, "no such folder, not in the cache, and "):
-        return _snapshot(repo, revision, local=False)
+    from huggingface_hub import HfApi
+
+    with _hub_errors(_as_asked(repo, revision), "no such folder, not in the cache, and "):
+        folder = _snapshot(repo, revision, local=False)
+        if not all((folder / file).is_file() for file in (CONFIG, WEIGHTS)):
+            # The Hub hasn't got them, or it wasn't reached and an interrupted download left these: then this fails.
+            HfApi().model_info(repo, revision=folder.name)
+    return folder
+
+
+def _warn_of_old(repo: str, revision: str | None, folder: Path) -> None:
+    """Say that a snapshot may be an old one: the client passes over a Hub that doesn't answer when it has a copy."""
+    from huggingface_hub import HfApi, constants
+
+    if constants.HF_HUB_OFFLINE or revision == folder.name:  # as asked for, or never another
+        return
+    try:
+        with _hub_errors(_as_asked(repo, revision)):
+            HfApi().model_info(repo, revision=revision)
+    except ModelError as error:
+        log.warning("%s; this is the copy fetched before, revision %s", error, folder.name)
+
+
+def _as_asked(repo: str, revision: str | None) -> str:
+    return f"{repo}@{revision}" if revision else repo
 
 
 def _fetch_anew(repo: str, folder: Path) -> None:
@@ -752,6 +783,8 @@ def _replaceable(folder: Path) -> bool:
 
 def _replace(folder: Path, partial: Path) -> None:
     """Put the complete folder in its place; an older one goes when the new one is there."""
+    if _exchange(folder, partial):
+        return  # the older one lies in `partial` now, which goes in any case
     old = partial.with_suffix(".old")
     if folder.exists():
         folder.rename(old)
@@ -762,6 +795,40 @@ def _replace(folder: Path, partial: Path) -> None:
             old.rename(folder)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two folders at one stroke, so that there always is one; False where that can't be done."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
+    here, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
+    return rename is not None and rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
+
+
+def _sweep(folder: Path) -> None:
+    """Of what killed saves left, the older checkpoint goes back when there is no other, the rest goes."""
+    for path in folder.parent.glob(".*"):
+        match = re.fullmatch(rf"\.{re.escape(folder.name)}\.(\d+)\.(old|partial)", path.name)
+        if match is None or _runs(int(match[1])):
+            continue
+        if match[2] == "old" and not folder.exists():
+            path.rename(folder)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _runs(process: int) -> bool:
+    """Whether there is such a process, other than this one; taken to be so on Windows, where `os.kill` would end it."""
+    if process == os.getpid():
+        return False
+    if os.name == "nt":
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 def _sha256(path: Path) -> str:

@@ -1,9 +1,15 @@
 """Checkpoints: what is saved is what is loaded, and nothing else is."""
 
 import json
+import os
 import pickle
 import re
 import shlex
+import shutil
+import subprocess
+import sys
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -157,17 +163,60 @@ def test_a_checkpoint_is_replaced_another_folder_is_not(folder, tmp_path):
     assert left == {"tiny", "music", "empty"}
 
 
+def full(*_):
+    raise OSError(28, "No space left on device")
+
+
 def test_a_failed_save_leaves_the_old_checkpoint_and_no_rubbish(folder, tmp_path, monkeypatch):
     before = (folder / "config.json").read_bytes()
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
     monkeypatch.setattr(hub, "save", full)
     with pytest.raises(ModelError, match="No space left"):
         hub.save_prior(tiny_prior(("Rain",)), folder, CARD)
     assert (folder / "config.json").read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["tiny"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="two renames elsewhere")
+def test_a_checkpoint_is_there_while_it_is_replaced(folder, tmp_path):
+    ended, missed = threading.Event(), []
+
+    def look():
+        while not ended.is_set():
+            if not (folder / "config.json").is_file():
+                missed.append(time.monotonic())
+
+    reader = threading.Thread(target=look)
+    reader.start()
+    try:
+        for i in range(300):
+            shutil.copytree(folder, tmp_path / f"{i}.partial")
+            hub._replace(folder, tmp_path / f"{i}.partial")
+    finally:
+        ended.set()
+        reader.join()
+    assert not missed
+
+
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_what_killed_saves_left_is_put_back_or_goes(exchanges, folder, tmp_path, monkeypatch):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    others = [".tiny.notes", f".tiny-2.{gone.pid}.partial", f".tiny.{os.getppid()}.partial"]
+    for name in (*others, f".tiny.{gone.pid}.partial", f".tiny.{os.getpid()}.partial"):
+        (tmp_path / name).mkdir()
+    before = (folder / "config.json").read_bytes()
+    folder.rename(tmp_path / f".tiny.{gone.pid}.old")
+    if not exchanges:
+        monkeypatch.setattr(hub, "_exchange", lambda *_: False)
+    with monkeypatch.context() as patch:
+        patch.setattr(hub, "save", full)
+        with pytest.raises(ModelError, match="No space left"):
+            hub.save_prior(tiny_prior(("Rain",)), folder, CARD)
+    assert (folder / "config.json").read_bytes() == before
+    assert {p.name for p in tmp_path.iterdir()} == {"tiny", *others}
+    hub.save_prior(tiny_prior(("Rain",)), folder, CARD)
+    assert hub.load_prior(folder).classes == ("Rain",)
+    assert {p.name for p in tmp_path.iterdir()} == {"tiny", *others}
 
 
 def test_diverged_weights_are_not_saved(tmp_path):
@@ -319,6 +368,21 @@ def test_a_hub_name_that_cannot_be_had(tmp_path, monkeypatch):
         hub.find("org/name")
     with pytest.raises(ModelError, match=r"no such folder, .*no name that the Hub allows: .*'\.git'"):
         hub.find("org/name.git")
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+def test_what_an_interrupted_download_left_is_not_taken_for_the_whole(file, folder, tmp_path, monkeypatch):
+    """Without the list of files that newer clients keep, the client returns it when the network is gone."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    cache = tmp_path / "models--org--tiny"
+    (folder / file).unlink()
+    shutil.copytree(folder, cache / "snapshots" / ("1" * 40))
+    (cache / "refs").mkdir()
+    (cache / "refs/main").write_text("1" * 40)
+    for get in (hub.download, hub.find):
+        with pytest.raises(ModelError, match=r"org/tiny: .*not in the cache, and the Hub is not asked"):
+            get("org/tiny")
 
 
 # The published checkpoints

@@ -295,6 +295,31 @@ def test_a_download_that_failed_can_be_had_again(server, large, command):
 
 
 @pytest.mark.slow
+def test_a_repository_without_weights_says_so(server, large, command):
+    del server.commits["org/large"][0][1][hub.WEIGHTS]
+    said = command("download", "org/large").stderr
+    assert "no model.safetensors; it is the same on the Hub" in said
+
+
+@pytest.mark.slow
+def test_a_copy_that_may_be_old_is_named(server, checkpoint, command):
+    server.commits["org/tiny"] = [("1" * 40, {path.name: path.read_bytes() for path in checkpoint.iterdir()})]
+    fetched = command("download", "org/tiny")
+    assert fetched.returncode == 0
+    assert not fetched.stderr
+    gone = {"HF_ENDPOINT": "http://127.0.0.1:1"}
+    cached = command("download", "org/tiny", **gone)
+    assert cached.stdout == fetched.stdout
+    [said] = cached.stderr.splitlines()
+    assert said.startswith("org/tiny: the Hub can't be reached (")
+    assert said.endswith("); this is the copy fetched before, revision " + "1" * 40)
+    asked_for = (["org/tiny@" + "1" * 40], gone), (["org/tiny"], {"HF_HUB_OFFLINE": "1"})
+    for words, changes in asked_for:
+        cached = command("download", *words, **changes)
+        assert (cached.stdout, cached.stderr) == (fetched.stdout, "")
+
+
+@pytest.mark.slow
 def test_a_damaged_cache_is_mended_by_the_command_that_the_error_names(server, checkpoint, command, audiosep, tmp_path):
     files = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
     server.commits["org/tiny"] = [("1" * 40, files)]

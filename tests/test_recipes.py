@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import inspect
 import os
+import random
 import re
 import shutil
 import sys
@@ -154,16 +155,14 @@ def touch_audio(path, seconds=0.1, rate=8000):
 
 @pytest.fixture(scope="module")
 def vctk(tmp_path_factory):
-    """110 speakers of one sentence and two microphones; p280 has one microphone; a stray file."""
+    """All speakers, with one sentence and their microphones; a stray file."""
     root = tmp_path_factory.mktemp("vctk")
     module = prepare("vctk")
-    named = [*module.TEST, *module.VALID]
-    others = [f"p{n}" for n in range(400, 495)]
-    for speaker in named + others:
+    for speaker in module.SPEAKERS:
         for mic in (1, 2):
-            if (speaker, mic) != ("p280", 2):
+            if mic == 1 or speaker not in ("p280", "p315"):
                 touch_audio(root / f"wav48_silence_trimmed/{speaker}/{speaker}_001_mic{mic}.flac")
-    (root / "wav48_silence_trimmed/p400/notes.flac").touch()
+    (root / "wav48_silence_trimmed/p225/notes.flac").touch()
     (root / "wav48_silence_trimmed/log.txt").touch()
     return root
 
@@ -172,17 +171,33 @@ def test_vctk_has_ten_speakers_to_test_with(vctk, tmp_path, capsys):
     manifest = tmp_path / "made/vctk.csv"
     assert prepare("vctk").main(["--root", str(vctk), "-o", str(manifest)]) == 0
     said = capsys.readouterr()
-    assert "1 files of another name" in said.err
+    assert said.err == "left out: 1 files of another name\n"
     items = read_manifest(manifest)
-    assert len(items) == 219
+    assert len(items) == 218
     assert all(item.path.is_file() and item.kind == "speech" for item in items)
     by_split = {split: labels(i for i in items if i.split == split) for split in ("train", "valid", "test")}
     assert [len(names) for names in by_split.values()] == [95, 5, 10]
     assert "p280" in by_split["test"]
     assert "s5" in by_split["valid"]
-    pair = [item for item in items if item.label == "p400"]
+    pair = [item for item in items if item.label == "p227"]
     assert len({item.group for item in pair}) == 1
     assert pair[0].duration == pytest.approx(0.1)
+    # The published setting validates with none.
+    assert prepare("vctk").main(["--root", str(vctk), "-o", str(manifest), "--valid", "0"]) == 0
+    everything = read_manifest(manifest)
+    assert labels(i for i in everything if i.split == "train") == by_split["train"] | by_split["valid"]
+    assert [i for i in everything if i.split == "test"] == [i for i in items if i.split == "test"]
+    with pytest.raises(SystemExit):
+        prepare("vctk").main(["--root", str(vctk), "-o", str(manifest), "--valid", "0.1"])
+
+
+def test_the_test_speakers_of_vctk_are_those_that_the_published_code_leaves():
+    module = prepare("vctk")
+    shuffled = sorted(module.SPEAKERS)
+    random.Random(17).shuffle(shuffled)
+    assert len(set(shuffled)) == 110
+    assert sorted(shuffled[100:]) == list(module.TEST)
+    assert not set(module.VALID) & set(module.TEST)
 
 
 def test_vctk_says_what_is_missing(vctk, tmp_path, monkeypatch, capsys):
@@ -195,12 +210,36 @@ def test_vctk_says_what_is_missing(vctk, tmp_path, monkeypatch, capsys):
     (part / "p225").mkdir()
     assert module.main(["--root", str(tmp_path / "part")]) == 1
     said = capsys.readouterr().err
-    assert "2 of 110 speakers" in said
-    assert "no p249, p264" in said
-    assert "no *_mic1.flac of p225" in said
+    assert "2 of 110 speakers, without p226, p227, p228," in said
+    assert "no *_mic1.flac of p225;" in said
+    assert "no *_mic2.flac of p225." in said
     assert not Path("data").exists()
     assert module.main(["--root", str(tmp_path / "part"), "--partial"]) == 0
     assert labels(read_manifest("data/vctk.csv")) == {"p351"}
+
+
+def test_vctk_names_a_speaker_and_second_microphones_that_are_missing(vctk, tmp_path, capsys):
+    module = prepare("vctk")
+    audio = shutil.copytree(vctk, tmp_path / "vctk") / "wav48_silence_trimmed"
+    command = ["--root", str(audio.parent), "-o", str(tmp_path / "vctk.csv")]
+    shutil.rmtree(audio / "p225")
+    assert module.main(command) == 1
+    assert "109 of 110 speakers, without p225. No manifest written" in capsys.readouterr().err
+    shutil.copytree(audio / "p226", audio / "p225")
+    for path in audio.glob("*/*_mic2.flac"):
+        if path.parent.name != "s5":
+            path.unlink()
+    assert module.main(command) == 1
+    said = capsys.readouterr().err
+    assert "no *_mic2.flac of p225, p226," in said
+    names = said.split("mic2.flac of ")[1].split(".")[0].split(", ")
+    assert names == [name for name in module.SPEAKERS if name not in ("p280", "p315", "s5")]
+    assert not (tmp_path / "vctk.csv").exists()
+    for speaker in names:
+        touch_audio(audio / f"{speaker}/{speaker}_002_mic2.flac")
+    touch_audio(audio / "s5/s5_002_mic1.flac")
+    assert module.main(command) == 0
+    assert "note: one microphone only of" in capsys.readouterr().err
 
 
 # FSDKaggle2018
@@ -241,6 +280,11 @@ def test_fsdkaggle2018_keeps_the_sets_of_its_authors(fsd, tmp_path, capsys):
     assert "Attribution" in manifest.read_text()
     assert prepare("fsdkaggle2018").main(["--root", str(fsd), "-o", str(manifest), "--verified"]) == 0
     assert len(read_manifest(manifest)) == 4 + 29
+    # The published setting trains on all.
+    assert prepare("fsdkaggle2018").main(["--root", str(fsd), "-o", str(manifest), "--valid", "0"]) == 0
+    assert [item.split for item in read_manifest(manifest)].count("train") == 59
+    with pytest.raises(SystemExit):
+        prepare("fsdkaggle2018").main(["--root", str(fsd), "-o", str(manifest), "--valid", "1"])
 
 
 def test_fsdkaggle2018_says_what_is_missing(fsd, tmp_path, monkeypatch, capsys):
@@ -492,6 +536,15 @@ def test_every_recipe_builds(path, tables):
     assert weights == pytest.approx(1e6 * MILLIONS.get(path.stem, 8.7), rel=0.02)
     assert set(tables.get("probe", {})) <= known
     recipe.build(fit._card, tables["card"], "card")
+
+
+@pytest.mark.parametrize("path", [path for path in TRAINED if path.stem.endswith("paper") and "prior" in TRAINED[path]])
+def test_priors_of_the_published_setting_have_the_usual_betas(path):
+    """The paper names AdamW and its rate only."""
+    usual = inspect.signature(torch.optim.AdamW).parameters
+    options = recipe.build(train.Options, TRAINED[path]["train"], "train")
+    assert list(options.betas) == list(usual["betas"].default)
+    assert options.weight_decay == usual["weight_decay"].default
 
 
 def test_every_shipped_card_names_the_sources_of_its_recordings():

@@ -1,9 +1,10 @@
 """Write the manifest of FSDKaggle2018: its 41 classes, its own train and test set, and a validation split.
 
-    python recipes/fsdkaggle2018/prepare.py --root DIR [-o data/fsdkaggle2018.csv]
+    python recipes/fsdkaggle2018/prepare.py --root DIR [-o data/fsdkaggle2018.csv] [--valid 0.05]
 
 DIR is where the four archives were unpacked: it holds `FSDKaggle2018.audio_train`, `FSDKaggle2018.audio_test` and
-`FSDKaggle2018.meta`. Of train, about 5 % of each class become `valid`, by a hash of the clip's Freesound number.
+`FSDKaggle2018.meta`. Of train, about 5 % become `valid`, by a hash of the clip's Freesound number;
+with `--valid 0` all of it is for training.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from audiosep.data import write_manifest
 
 COLUMNS = ("path", "split", "kind", "speaker_or_class", "duration_s", "group", "licence")
 CLASSES = 41
-VALID_SHARE = 0.05
 META = "FSDKaggle2018.meta"
 SETS = {  # split: (list, folder)
     "train": ("train_post_competition.csv", "FSDKaggle2018.audio_train"),
@@ -38,9 +38,12 @@ def main(arguments: list[str] | None = None) -> int:
     default = Path("data/fsdkaggle2018.csv")
     parser.add_argument("-o", "--output", type=Path, default=default, help=f"default: {default}")
     parser.add_argument("--verified", action="store_true", help="of train only clips whose label was checked by hand")
+    parser.add_argument("--valid", type=float, default=0.05, help="share of train held out, default: 0.05")
     options = parser.parse_args(arguments)
+    if not 0 <= options.valid < 1:
+        parser.error(f"--valid is a share, 0..1, got {options.valid}")
     try:
-        rows = read(options.root, options.output.parent, options.verified)
+        rows = read(options.root, options.output.parent, options.verified, options.valid)
         write_manifest(rows, COLUMNS, options.output)
     except OSError as error:
         print(f"{error.filename}: {error.strerror}", file=sys.stderr)
@@ -57,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def read(root: Path, folder: Path, verified: bool) -> list[Row]:
+def read(root: Path, folder: Path, verified: bool, valid: float) -> list[Row]:
     """A row per clip of both sets, with paths relative to `folder`."""
     parts = [root / part for name, audio in SETS.values() for part in (f"{META}/{name}", audio)]
     missing = [str(part) for part in parts if not part.exists()]
@@ -76,7 +79,7 @@ def read(root: Path, folder: Path, verified: bool) -> list[Row]:
             if not path.is_file():
                 absent[audio].append(entry["fname"])
                 continue
-            rows.append(row(entry, path, split, folder))
+            rows.append(row(entry, path, split, valid, folder))
     empty = [r["path"] for r in rows if float(r["duration_s"]) == 0]
     if empty:
         print(f"left out: {len(empty)} that hold no sound, such as {empty[0]}", file=sys.stderr)
@@ -90,14 +93,14 @@ def read(root: Path, folder: Path, verified: bool) -> list[Row]:
     return rows
 
 
-def row(entry: Row, path: Path, split: str, folder: Path) -> Row:
-    """The manifest's row of a clip; a duration of 0 when it can't be opened."""
+def row(entry: Row, path: Path, split: str, valid: float, folder: Path) -> Row:
+    """The manifest's row of a clip, held out with a chance of `valid`; a duration of 0 when it can't be opened."""
     try:
         duration = soundfile.info(path).duration
     except soundfile.SoundFileError:
         duration = 0.0
     group = entry.get("freesound_id") or path.stem
-    if split == "train" and chosen(group):
+    if split == "train" and chosen(group, valid):
         split = "valid"
     return {
         "path": Path(os.path.relpath(path, folder)).as_posix(),
@@ -110,9 +113,9 @@ def row(entry: Row, path: Path, split: str, folder: Path) -> Row:
     }
 
 
-def chosen(name: str) -> bool:
+def chosen(name: str, share: float) -> bool:
     number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
-    return number < VALID_SHARE * 2**64
+    return number < share * 2**64
 
 
 if __name__ == "__main__":
