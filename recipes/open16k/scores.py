@@ -270,7 +270,7 @@ def precision() -> str:
     }
     more = _more({"rows": rows}, {"rows": half}, "si_sdr_permuted")
     return wrapped(
-        "All ran in bfloat16, as the default does where the processor has it. In float32 the published loop differed by "
+        "All ran in bfloat16, as the default does where processors have it. In float32 the published loop differed by "
         f"{more} dB on the first {len(rows)} mixtures of {TASKS[task]}, in the best order.",
         "",
     )
