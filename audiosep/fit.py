@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -584,25 +584,35 @@ class TaggerProbe:
             raise UsageError(f"mixtures is 0, or at least 2: half of them choose the threshold, got {mixtures}")
         self.batch, self.count = batch, mixtures // 2
         self.tasks = [task for task in dict.fromkeys(tasks) if sum(parse_task(task)) > 1]
-        self.mixtures: TaggedMixtures | None = None
+        self.mixtures: list[dict[str, Any]] = []
         if data.valid and mixtures and self.tasks:
-            try:
-                self.mixtures = data.tagged(data.valid, tagger, self.tasks, mixtures, 0)
-            except UsageError as error:
-                log.warning("no held-out scores: %s", error)
+            self.mixtures = _held_out("no held-out scores", self._heard, data, tagger, mixtures)
+
+    def _heard(self, data: _Data, tagger: Tagger, count: int) -> Iterator[dict[str, Any]]:
+        """What is kept of held-out mixtures, task by task; the stems, too, where sounds are to be told apart."""
+        mixtures = data.tagged(data.valid, tagger, self.tasks, count, 0)
+        for task, dataset in zip(self.tasks, mixtures.datasets):
+            for i in range(count):
+                item, scored = dataset[i], i % 2 == 1
+                row = {"task": task, "scored": scored, "mixture": item["mixture"]}
+                row["tags"] = mixtures.tags(item["names"]).bool().tolist()
+                if scored and dataset.n_sound > 1:
+                    row["names"] = item["names"][dataset.n_speech :]
+                    row["stems"] = leaked(item, 10.0)[dataset.n_speech :]
+                yield row
 
     @torch.no_grad()
     def __call__(self, average: torch.nn.Module, step: int, board: Any) -> dict[str, float]:
         assert isinstance(average, Tagger)
-        if self.mixtures is None:
+        if not self.mixtures:
             return {}
         device = next(average.parameters()).device
-        items = [self.mixtures[i] for i in range(len(self.mixtures))]
-        truth = [item["tags"].bool().tolist() for item in items]
-        batches = torch.stack([item["mixture"] for item in items]).split(self.batch)
-        scores = torch.cat([average(batch.to(device)).float().cpu() for batch in batches]).tolist()
-        # Mixtures of a task come every len(tasks)-th: the halves are of whole rounds.
-        tuning = [i for i in range(len(items)) if i // len(self.tasks) % 2 == 0]
+        scores: list[list[float]] = []
+        for first in range(0, len(self.mixtures), self.batch):
+            waves = [item["mixture"] for item in self.mixtures[first : first + self.batch]]
+            scores += average(torch.stack(waves).to(device)).float().tolist()
+        truth = [item["tags"] for item in self.mixtures]
+        tuning = [i for i, item in enumerate(self.mixtures) if not item["scored"]]
         grid = [k / 20 for k in range(2, 20)]
 
         def gained(threshold: float) -> int:
@@ -612,8 +622,8 @@ class TaggerProbe:
 
         average.threshold = max(grid, key=gained)
         found = {"threshold": average.threshold}
-        for k, task in enumerate(self.tasks):
-            rest = [i for i in range(k, len(items), len(self.tasks)) if i not in tuning]
+        for task in self.tasks:
+            rest = [i for i, item in enumerate(self.mixtures) if item["task"] == task and item["scored"]]
             compared = [self.compare(average, scores[i], truth[i], average.threshold) for i in rest]
             number, right, wrong, sounds = (sum(column) for column in zip(*compared))
             found[f"number/{task}"] = number / len(rest)
@@ -621,20 +631,14 @@ class TaggerProbe:
                 found[f"called/{task}"] = (right + wrong) / sounds
                 found[f"right/{task}"] = right / max(1, right + wrong)
             if sounds > len(rest):
-                found[f"told/{task}"] = self.told(average, self.mixtures.datasets[k])
+                found[f"told/{task}"] = sum(self.told(average, self.mixtures[i]) for i in rest) / len(rest)
         return found
 
     @staticmethod
-    def told(tagger: Tagger, mixtures: MixtureDataset) -> float:
-        """Share of every second mixture, whose sounds are all given to their classes."""
-        device, right = next(tagger.parameters()).device, 0
-        scored = range(1, len(mixtures), 2)
-        for i in scored:
-            item = mixtures[i]
-            stems, names = leaked(item, 10.0)[mixtures.n_speech :], item["names"][mixtures.n_speech :]
-            order = best_permutation(tagger.fits(stems[None].to(device), names))[0]
-            right += order.tolist() == list(range(len(names)))
-        return right / len(scored)
+    def told(tagger: Tagger, item: Mapping[str, Any]) -> bool:
+        """Whether the sounds of a mixture are all given to their classes."""
+        stems = item["stems"][None].to(next(tagger.parameters()).device)
+        return best_permutation(tagger.fits(stems, item["names"]))[0].tolist() == list(range(len(item["names"])))
 
     @staticmethod
     def compare(
@@ -693,11 +697,11 @@ def draw(prior: Prior, labels: Sequence[int], length: int, steps: int = 50, seed
     return x
 
 
-def _held_out(without: str, make: Callable[..., train.Items], *arguments: Any) -> list[dict[str, Any]]:
+def _held_out(without: str, make: Callable[..., Any], *arguments: Any) -> list[dict[str, Any]]:
     """The items that the first process probes with; none, and a warning, where the recordings don't do for them."""
     try:
-        dataset = make(*arguments)
-        return [dataset[i] for i in range(len(dataset))] if distributed.rank() == 0 else []
+        items = make(*arguments)
+        return list(items) if distributed.rank() == 0 else []
     except (AudioError, UsageError) as error:
         log.warning("%s: %s", without, error)
         return []

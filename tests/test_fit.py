@@ -165,8 +165,30 @@ title = "Two sounds"
 """
 
 
-@pytest.mark.parametrize("text", [RECIPE, EXPERT], ids=["prior", "expert"])
-def test_recordings_that_cannot_be_decoded_end_no_run(text, capsys):
+TAGGER = """
+[tagger]
+of = "./tones"
+width = 8
+tasks = ["2sound"]
+
+[data]
+manifest = "manifest.csv"
+segment = 0.5
+
+[train]
+max_steps = 4
+batch_size = 2
+log_every = 2
+probe_every = 4
+
+[probe]
+mixtures = 2
+"""
+
+
+@pytest.mark.parametrize("text", [RECIPE, EXPERT, TAGGER], ids=["prior", "expert", "tagger"])
+def test_recordings_that_cannot_be_decoded_end_no_run(text, tiny_prior, capsys):
+    hub.save_prior(tiny_prior(num_classes=2, classes=["Beep", "Hum"]), "tones", {}, torch.float32)
     Path("recipe.toml").write_text(text)
     for i in (0, 1, 2, 4):  # to train with; the only one of its class to probe with
         Path(f"Beep{i}.wav").write_bytes(b"RIFF")
@@ -176,7 +198,7 @@ def test_recordings_that_cannot_be_decoded_end_no_run(text, capsys):
     named = {re.match(r"left out of training: (Beep\d\.wav)", str(w.message))[1] for w in caught}
     told = capsys.readouterr().err
     assert re.search(r"no (held-out|separation) scores?: Beep4\.wav: silent or can't be decoded", told)
-    assert "probe/si_sdr" not in {key for row in read_log("made.run") for key in row}
+    assert not {"probe/si_sdr", "probe/threshold"} & {key for row in read_log("made.run") for key in row}
     facts = hub.read_config(Path("made"))["training"]
     assert facts["recordings left out, as they can't be decoded"] == len(named - {"Beep4.wav"}) > 0
 
