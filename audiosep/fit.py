@@ -102,7 +102,7 @@ def _fit_prior(tables: Mapping[str, Any], out: Path, **how: Any) -> dict[str, An
     def save(average: torch.nn.Module, facts: dict[str, Any]) -> None:
         assert isinstance(average, Prior)
         rows = train.read_log(run_folder(out))
-        facts = _facts(options, windows, facts, average) | started
+        facts = _facts(options, windows, facts, average)
         hub.save_prior(average, out, {**data.card(), **card, "metrics": probe.metrics(rows), "training": facts})
 
     return train.train(
@@ -114,6 +114,7 @@ def _fit_prior(tables: Mapping[str, Any], out: Path, **how: Any) -> dict[str, An
         probe=probe,
         level=lambda batch: prior.steps_of(batch["index"]) / (len(prior.schedule) - 1),
         about=_about("prior", prior, data, windows) | {f"prior.{name}": getattr(prior, name) for name in LOSS},
+        start=started,
         **how,
     )
 
@@ -176,11 +177,12 @@ def _fit_tagger(tables: Mapping[str, Any], out: Path, **how: Any) -> dict[str, A
         assert isinstance(average, Tagger)
         rows = train.read_log(run_folder(out))
         average.threshold = probe.last(rows).get("threshold", tagger.threshold)
-        facts = _facts(options, mixtures, facts, average) | started
+        facts = _facts(options, mixtures, facts, average)
         hub.save_model(average, out, {**data.card(), **card, "metrics": probe.metrics(rows), "training": facts})
 
     about = _about("tagger", tagger, data, mixtures) | {"tasks": list(tasks)} | shares
-    return train.train(tagger, mixtures, run_folder(out), options, save=save, probe=probe, about=about, **how)
+    how |= {"save": save, "probe": probe, "about": about, "start": started}
+    return train.train(tagger, mixtures, run_folder(out), options, **how)
 
 
 def _fit_nmf(tables: Mapping[str, Any], out: Path, progress: Callback | None) -> dict[str, Any]:
@@ -740,4 +742,5 @@ def _facts(
         "minutes": facts["seconds"] / 60,
         "device": _device_name(next(trained.parameters()).device),
         **({"recordings left out, as they can't be decoded": len(items.failed)} if items.failed else {}),
+        **facts["start"],
     }

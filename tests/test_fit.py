@@ -128,7 +128,13 @@ def test_a_run_may_start_from_another_prior(tiny_prior, capsys):
         word for s in ("probe.mixtures=0", "probe.samples=0", "backbone.adaln_zero=false") for word in ("--set", s)
     ]
     settings += ["-d", "cpu", "-q"]
-    assert run("train", "tones.toml", "--set", "prior.start=other", *settings) == 0
+    made = ["-o", "made", *settings]
+    assert run("train", "tones.toml", "--set", "prior.start=other", *made, "--stop-after", "0") == 0
+    started = hub.read_config(Path("made"))["training"]["started from"]
+    assert started == f"other ({hub.read_config(Path('other'))['sha256'][:12]})"
+    assert run("train", "tones.toml", *made, "--resume") == 0
+    facts = hub.read_config(Path("made"))["training"]
+    assert (facts["started from"], facts["steps"]) == (started, 4)
     assert run("train", "tones.toml", "--set", "prior.start=other", *settings, "--set", "backbone.width=16") == 2
     assert "other was trained with backbone.width = 8, the recipe has 16: set what other has" in capsys.readouterr().err
     assert run("train", "tones.toml", "--set", "prior.start=none", *settings) == 3
