@@ -16,6 +16,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import statistics
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -30,7 +32,7 @@ from audiosep.data import KINDS, Item, MixtureDataset, SourceDataset, Undecoded,
 from audiosep.errors import AudioError, UsageError, at_least
 from audiosep.evaluate import score
 from audiosep.mixing import best_permutation
-from audiosep.prior import Prior
+from audiosep.prior import Prior, precision
 from audiosep.progress import Callback
 from audiosep.recipe import build, check_tables, check_type
 from audiosep.separator import Separator, choose_device
@@ -102,8 +104,10 @@ def _fit_prior(tables: Mapping[str, Any], out: Path, **how: Any) -> dict[str, An
     def save(average: torch.nn.Module, facts: dict[str, Any]) -> None:
         assert isinstance(average, Prior)
         rows = train.read_log(run_folder(out))
-        facts = _facts(options, windows, facts, average)
-        hub.save_prior(average, out, {**data.card(), **card, "metrics": probe.metrics(rows), "training": facts})
+        made = {"metrics": probe.metrics(rows), "training": _facts(options, windows, facts, average)}
+        if facts["final"]:
+            made["cost"] = _cost(average, windows.segment)
+        hub.save_prior(average, out, {**data.card(), **card, **made})
 
     return train.train(
         prior,
@@ -744,3 +748,30 @@ def _facts(
         **({"recordings left out, as they can't be decoded": len(items.failed)} if items.failed else {}),
         **facts["start"],
     }
+
+
+@torch.no_grad()
+def _cost(prior: Prior, seconds: float) -> list[dict[str, Any]]:
+    """The card's table of cost: an evaluation of one window, timed, and what those of the default preset come to."""
+    device = next(prior.parameters()).device
+    separator = Separator({prior.kind: prior}, device=device)
+    evaluations = separator.settings["steps"] * separator.samples
+    wave = prior.power**0.5 * torch.randn(1, round(seconds * prior.sample_rate), device=device)
+    times = []
+    for _ in range(4):
+        began = time.perf_counter()
+        with precision(device, separator.dtype):
+            float(
+                prior.denoise(wave, torch.zeros(1, dtype=torch.float64)).sum()
+            )  # a number: what a GPU still has to do is waited for
+        times.append(time.perf_counter() - began)
+    took = statistics.median(times[1:])  # the first one warms up
+    return [
+        {
+            "device": f"CPU, {torch.get_num_threads()} threads" if device.type == "cpu" else _device_name(device),
+            "number format": str(separator.dtype).removeprefix("torch."),
+            f"seconds of a network evaluation, {seconds:g} s of a source": f"{took:.3g}",
+            "network evaluations per source, default preset": evaluations,
+            "real-time factor of these": f"{took * evaluations / seconds:.3g}",
+        }
+    ]

@@ -170,7 +170,7 @@ def train(
         folder: of the run, see the module's text.
         options: see `Options`.
         save: save(average, facts) writes what others load: called with the averaged weights whenever the state was
-            written, and at the end. facts["start"] is what the run once started from.
+            written, and at the end, when facts["final"] is true. facts["start"] is what the run once started from.
         probe: probe(average, step, board) -> numbers for the log; `board` is TensorBoard's writer.
         level: level(batch) -> (B,) noise levels in 0..1: the log then has the loss in 8 bins of it.
         about: facts that a resumed run must share, as JSON types.
@@ -357,7 +357,7 @@ class _Run:
                 _write(self.folder / STATE, _tensors(self.model, self.average, self.adam), facts)
                 if self.save is not None:
                     told = {name: facts[name] for name in ("step", "seconds", "start")}
-                    self.save(self.average, {**told, **self.row})
+                    self.save(self.average, {**told, "final": final, **self.row})
             except (OSError, SafetensorError, AudiosepError) as error:
                 if final:
                     raise AudiosepError(f"{self.folder}: step {self.step} can't be written: {error}") from error

@@ -108,6 +108,13 @@ def test_a_recipe_becomes_a_checkpoint(capsys):
     card = Path("tones/README.md").read_text()
     for said in ("# Tones", "9 recordings", "2sound, 1 held-out mixtures", "| steps | 4 |"):
         assert said in card
+    names, _, row = (line.strip("| ").split(" | ") for line in card.split("## Cost\n\n")[1].splitlines()[:3])
+    cost = dict(zip(names, row, strict=True))
+    took = float(cost["seconds of a network evaluation, 0.5 s of a source"])
+    assert 0 < took < 60
+    assert float(cost["real-time factor of these"]) == pytest.approx(took * 24 / 0.5, rel=0.02)
+    assert cost["device"] == f"CPU, {torch.get_num_threads()} threads"
+    assert cost["network evaluations per source, default preset"] == "24"
     page = Path("tones.run/samples/step-0000004.html").read_text()
     assert page.count("<audio") == 2
     assert "Beep" in page

@@ -102,15 +102,15 @@ def test_a_run_learns_logs_and_averages(tmp_path):
         max_steps=60,
         probe_every=25,
         probe=probe,
-        save=lambda average, facts: saved.append((facts["step"], average)),
+        save=lambda average, facts: saved.append((facts["step"], facts["final"], average)),
         progress=lambda *told: shown.append(told),
         learning_rate=1e-2,
     )
     assert (result["finished"], result["step"]) == (True, 60)
     assert result["loss"] < 0.7 * losses(tmp_path)[0][1]
     assert [step for step, _ in seen] == [0, 25, 50, 60]
-    assert [step for step, _ in saved] == [*range(5, 65, 5), 60]
-    average = saved[-1][1]
+    assert [told[:2] for told in saved] == [*((step, False) for step in range(5, 65, 5)), (60, True)]
+    average = saved[-1][2]
     assert not average.training
     assert not any(p.requires_grad for p in average.parameters())
     assert average.count == 60
