@@ -20,6 +20,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -737,17 +738,25 @@ def _facts(
 ) -> dict[str, Any]:
     """The card's section on training."""
     seen = facts["step"] * options.batch_size * items.segment / 3600
+    settings = facts["settings"]
     return {
         "steps": facts["step"],
         "windows per step": f"{options.batch_size} of {items.segment:g} s ({seen:.1f} h in all)",
-        "optimiser": f"AdamW, learning rate {options.learning_rate:g}, {options.decay}",
-        "average of the weights": f"exponential, {options.ema:g} a step",
-        "precision": options.precision,
+        "optimiser": _since(settings, "AdamW, learning rate {learning_rate:g}, {decay}"),
+        "average of the weights": _since(settings, "exponential, {ema:g} a step"),
+        "precision": _since(settings, "{precision}"),
         "minutes": facts["seconds"] / 60,
         "device": _device_name(next(trained.parameters()).device),
         **({"recordings left out, as they can't be decoded": len(items.failed)} if items.failed else {}),
         **facts["start"],
     }
+
+
+def _since(settings: Sequence[tuple[int, Mapping[str, Any]]], form: str) -> str:
+    """What a run was set to, and from which step on where that was changed when it was resumed."""
+    said = [(first, form.format(**chosen)) for first, chosen in settings]
+    changes = [next(same) for _, same in groupby(said, key=lambda row: row[1])]
+    return "; ".join(f"from step {first} on {text}" if first else text for first, text in changes)
 
 
 @torch.no_grad()

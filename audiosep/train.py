@@ -46,6 +46,7 @@ PREFETCH = 2  # batches that a worker prepares ahead, in shared memory
 # What options must be at least.
 LEAST = dict.fromkeys(("max_steps", "batch_size", "accumulate", "log_every", "save_every"), 1)
 LEAST |= dict.fromkeys(("learning_rate", "weight_decay", "warmup", "workers", "seed", "probe_every"), 0)
+TOLD = ("learning_rate", "decay", "ema", "precision")  # what a resumed run may change and a card tells of
 AGREE = 10  # steps between two agreements of several processes on time and signals
 
 log = logging.getLogger("audiosep.train")
@@ -170,7 +171,8 @@ def train(
         folder: of the run, see the module's text.
         options: see `Options`.
         save: save(average, facts) writes what others load: called with the averaged weights whenever the state was
-            written, and at the end, when facts["final"] is true. facts["start"] is what the run once started from.
+            written, and at the end, when facts["final"] is true. facts["start"] is what the run once started from,
+            facts["settings"] a list of [step, options], a row for those of `TOLD` that hold from this step on.
         probe: probe(average, step, board) -> numbers for the log; `board` is TensorBoard's writer.
         level: level(batch) -> (B,) noise levels in 0..1: the log then has the loss in 8 bins of it.
         about: facts that a resumed run must share, as JSON types.
@@ -246,6 +248,7 @@ class _Run:
     ) -> None:
         self.folder, self.options, self.accelerator = folder, options, accelerator
         self.same, self.start = same, start
+        self.settings: list[Any] = []
         self.save, self.probe = save, probe
         self.main = distributed.rank() == 0
         self.model = model.to(accelerator.device).train()
@@ -264,6 +267,10 @@ class _Run:
         if (folder / STATE).exists():
             self._restore(folder / STATE)
         self._agree()
+        chosen = {name: getattr(options, name) for name in TOLD}
+        self.settings = [row for row in self.settings if row[0] < self.step]
+        if not self.settings or self.settings[-1][1] != chosen:
+            self.settings.append([self.step, chosen])
         if options.compile:
             compile_blocks(model)
         self.stepper, self.optimizer = accelerator.prepare(_Loss(model), self.adam)
@@ -352,11 +359,12 @@ class _Run:
                 "scaler": {} if scaler is None else scaler.state_dict(),
                 "same": self.same,
                 "start": self.start,
+                "settings": self.settings,
             }
             try:
                 _write(self.folder / STATE, _tensors(self.model, self.average, self.adam), facts)
                 if self.save is not None:
-                    told = {name: facts[name] for name in ("step", "seconds", "start")}
+                    told = {name: facts[name] for name in ("step", "seconds", "start", "settings")}
                     self.save(self.average, {**told, "final": final, **self.row})
             except (OSError, SafetensorError, AudiosepError) as error:
                 if final:
@@ -413,7 +421,7 @@ class _Run:
             raise UsageError(
                 f"{path}: a run with start {_words(start)}, here {_words(self.start)}; resume it without start"
             )
-        self.start = start
+        self.start, self.settings = start, facts.get("settings", [])
 
         def part(prefix: str) -> dict[str, Tensor]:
             return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

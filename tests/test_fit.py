@@ -136,12 +136,14 @@ def test_a_run_may_start_from_another_prior(tiny_prior, capsys):
     ]
     settings += ["-d", "cpu", "-q"]
     made = ["-o", "made", *settings]
-    assert run("train", "tones.toml", "--set", "prior.start=other", *made, "--stop-after", "0") == 0
+    assert run("train", "tones.toml", "--set", "prior.start=other", *made, "--set", "train.max_steps=2") == 0
     started = hub.read_config(Path("made"))["training"]["started from"]
     assert started == f"other ({hub.read_config(Path('other'))['sha256'][:12]})"
-    assert run("train", "tones.toml", *made, "--resume") == 0
+    assert run("train", "tones.toml", *made, "--resume", "--set", "train.decay=constant") == 0
     facts = hub.read_config(Path("made"))["training"]
-    assert (facts["started from"], facts["steps"]) == (started, 4)
+    assert (facts["started from"], facts["steps"], facts["precision"]) == (started, 4, "no")
+    rate = "AdamW, learning rate 0.001"
+    assert facts["optimiser"] == f"{rate}, cosine; from step 2 on {rate}, constant"
     assert run("train", "tones.toml", "--set", "prior.start=other", *settings, "--set", "backbone.width=16") == 2
     assert "other was trained with backbone.width = 8, the recipe has 16: set what other has" in capsys.readouterr().err
     assert run("train", "tones.toml", "--set", "prior.start=none", *settings) == 3

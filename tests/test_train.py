@@ -239,6 +239,24 @@ def test_a_resumed_run_remembers_its_start(tmp_path):
     assert told[-1] == {"from": "one"}
 
 
+def test_a_resumed_run_remembers_its_settings(tmp_path):
+    told = []
+    for steps, rate in ((5, 1.0), (7, 1.0), (9, 2.0), (9, 1.0), (11, 3.0)):  # at step 9 nothing was left to do with 1.0
+        go(
+            tmp_path,
+            max_steps=steps,
+            learning_rate=rate,
+            resume=True,
+            save=lambda average, facts: told.append([[step, row["learning_rate"]] for step, row in facts["settings"]]),
+        )
+    assert told[-1] == [[0, 1.0], [7, 2.0], [9, 3.0]]
+    facts, tensors = module._read(tmp_path / STATE)
+    del facts["settings"]  # as an older version wrote it
+    module._write(tmp_path / STATE, tensors, facts)
+    go_on(tmp_path, max_steps=12)
+    assert module._read(tmp_path / STATE)[0]["settings"][0][0] == 11
+
+
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc/self/maps")
 def test_a_resumed_run_lets_go_of_the_state_that_it_read(tmp_path):
     def progress(*_):
