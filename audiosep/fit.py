@@ -16,8 +16,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +33,7 @@ from audiosep.data import KINDS, Item, MixtureDataset, SourceDataset, Undecoded,
 from audiosep.errors import AudioError, UsageError, at_least
 from audiosep.evaluate import score
 from audiosep.mixing import best_permutation
-from audiosep.prior import Prior
+from audiosep.prior import Prior, precision
 from audiosep.progress import Callback
 from audiosep.recipe import build, check_tables, check_type
 from audiosep.separator import Separator, choose_device
@@ -102,8 +105,10 @@ def _fit_prior(tables: Mapping[str, Any], out: Path, **how: Any) -> dict[str, An
     def save(average: torch.nn.Module, facts: dict[str, Any]) -> None:
         assert isinstance(average, Prior)
         rows = train.read_log(run_folder(out))
-        facts = _facts(options, windows, facts, average) | started
-        hub.save_prior(average, out, {**data.card(), **card, "metrics": probe.metrics(rows), "training": facts})
+        made = {"metrics": probe.metrics(rows), "training": _facts(options, windows, facts, average)}
+        if facts["final"]:
+            made["cost"] = _cost(average, windows.segment)
+        hub.save_prior(average, out, {**data.card(), **card, **made})
 
     return train.train(
         prior,
@@ -114,6 +119,7 @@ def _fit_prior(tables: Mapping[str, Any], out: Path, **how: Any) -> dict[str, An
         probe=probe,
         level=lambda batch: prior.steps_of(batch["index"]) / (len(prior.schedule) - 1),
         about=_about("prior", prior, data, windows) | {f"prior.{name}": getattr(prior, name) for name in LOSS},
+        start=started,
         **how,
     )
 
@@ -176,11 +182,12 @@ def _fit_tagger(tables: Mapping[str, Any], out: Path, **how: Any) -> dict[str, A
         assert isinstance(average, Tagger)
         rows = train.read_log(run_folder(out))
         average.threshold = probe.last(rows).get("threshold", tagger.threshold)
-        facts = _facts(options, mixtures, facts, average) | started
+        facts = _facts(options, mixtures, facts, average)
         hub.save_model(average, out, {**data.card(), **card, "metrics": probe.metrics(rows), "training": facts})
 
     about = _about("tagger", tagger, data, mixtures) | {"tasks": list(tasks)} | shares
-    return train.train(tagger, mixtures, run_folder(out), options, save=save, probe=probe, about=about, **how)
+    how |= {"save": save, "probe": probe, "about": about, "start": started}
+    return train.train(tagger, mixtures, run_folder(out), options, **how)
 
 
 def _fit_nmf(tables: Mapping[str, Any], out: Path, progress: Callback | None) -> dict[str, Any]:
@@ -584,25 +591,35 @@ class TaggerProbe:
             raise UsageError(f"mixtures is 0, or at least 2: half of them choose the threshold, got {mixtures}")
         self.batch, self.count = batch, mixtures // 2
         self.tasks = [task for task in dict.fromkeys(tasks) if sum(parse_task(task)) > 1]
-        self.mixtures: TaggedMixtures | None = None
+        self.mixtures: list[dict[str, Any]] = []
         if data.valid and mixtures and self.tasks:
-            try:
-                self.mixtures = data.tagged(data.valid, tagger, self.tasks, mixtures, 0)
-            except UsageError as error:
-                log.warning("no held-out scores: %s", error)
+            self.mixtures = _held_out("no held-out scores", self._heard, data, tagger, mixtures)
+
+    def _heard(self, data: _Data, tagger: Tagger, count: int) -> Iterator[dict[str, Any]]:
+        """What is kept of held-out mixtures, task by task; the stems, too, where sounds are to be told apart."""
+        mixtures = data.tagged(data.valid, tagger, self.tasks, count, 0)
+        for task, dataset in zip(self.tasks, mixtures.datasets):
+            for i in range(count):
+                item, scored = dataset[i], i % 2 == 1
+                row = {"task": task, "scored": scored, "mixture": item["mixture"]}
+                row["tags"] = mixtures.tags(item["names"]).bool().tolist()
+                if scored and dataset.n_sound > 1:
+                    row["names"] = item["names"][dataset.n_speech :]
+                    row["stems"] = leaked(item, 10.0)[dataset.n_speech :]
+                yield row
 
     @torch.no_grad()
     def __call__(self, average: torch.nn.Module, step: int, board: Any) -> dict[str, float]:
         assert isinstance(average, Tagger)
-        if self.mixtures is None:
+        if not self.mixtures:
             return {}
         device = next(average.parameters()).device
-        items = [self.mixtures[i] for i in range(len(self.mixtures))]
-        truth = [item["tags"].bool().tolist() for item in items]
-        batches = torch.stack([item["mixture"] for item in items]).split(self.batch)
-        scores = torch.cat([average(batch.to(device)).float().cpu() for batch in batches]).tolist()
-        # Mixtures of a task come every len(tasks)-th: the halves are of whole rounds.
-        tuning = [i for i in range(len(items)) if i // len(self.tasks) % 2 == 0]
+        scores: list[list[float]] = []
+        for first in range(0, len(self.mixtures), self.batch):
+            waves = [item["mixture"] for item in self.mixtures[first : first + self.batch]]
+            scores += average(torch.stack(waves).to(device)).float().tolist()
+        truth = [item["tags"] for item in self.mixtures]
+        tuning = [i for i, item in enumerate(self.mixtures) if not item["scored"]]
         grid = [k / 20 for k in range(2, 20)]
 
         def gained(threshold: float) -> int:
@@ -612,8 +629,8 @@ class TaggerProbe:
 
         average.threshold = max(grid, key=gained)
         found = {"threshold": average.threshold}
-        for k, task in enumerate(self.tasks):
-            rest = [i for i in range(k, len(items), len(self.tasks)) if i not in tuning]
+        for task in self.tasks:
+            rest = [i for i, item in enumerate(self.mixtures) if item["task"] == task and item["scored"]]
             compared = [self.compare(average, scores[i], truth[i], average.threshold) for i in rest]
             number, right, wrong, sounds = (sum(column) for column in zip(*compared))
             found[f"number/{task}"] = number / len(rest)
@@ -621,20 +638,14 @@ class TaggerProbe:
                 found[f"called/{task}"] = (right + wrong) / sounds
                 found[f"right/{task}"] = right / max(1, right + wrong)
             if sounds > len(rest):
-                found[f"told/{task}"] = self.told(average, self.mixtures.datasets[k])
+                found[f"told/{task}"] = sum(self.told(average, self.mixtures[i]) for i in rest) / len(rest)
         return found
 
     @staticmethod
-    def told(tagger: Tagger, mixtures: MixtureDataset) -> float:
-        """Share of every second mixture, whose sounds are all given to their classes."""
-        device, right = next(tagger.parameters()).device, 0
-        scored = range(1, len(mixtures), 2)
-        for i in scored:
-            item = mixtures[i]
-            stems, names = leaked(item, 10.0)[mixtures.n_speech :], item["names"][mixtures.n_speech :]
-            order = best_permutation(tagger.fits(stems[None].to(device), names))[0]
-            right += order.tolist() == list(range(len(names)))
-        return right / len(scored)
+    def told(tagger: Tagger, item: Mapping[str, Any]) -> bool:
+        """Whether the sounds of a mixture are all given to their classes."""
+        stems = item["stems"][None].to(next(tagger.parameters()).device)
+        return best_permutation(tagger.fits(stems, item["names"]))[0].tolist() == list(range(len(item["names"])))
 
     @staticmethod
     def compare(
@@ -693,11 +704,11 @@ def draw(prior: Prior, labels: Sequence[int], length: int, steps: int = 50, seed
     return x
 
 
-def _held_out(without: str, make: Callable[..., train.Items], *arguments: Any) -> list[dict[str, Any]]:
+def _held_out(without: str, make: Callable[..., Any], *arguments: Any) -> list[dict[str, Any]]:
     """The items that the first process probes with; none, and a warning, where the recordings don't do for them."""
     try:
-        dataset = make(*arguments)
-        return [dataset[i] for i in range(len(dataset))] if distributed.rank() == 0 else []
+        items = make(*arguments)
+        return list(items) if distributed.rank() == 0 else []
     except (AudioError, UsageError) as error:
         log.warning("%s: %s", without, error)
         return []
@@ -727,13 +738,49 @@ def _facts(
 ) -> dict[str, Any]:
     """The card's section on training."""
     seen = facts["step"] * options.batch_size * items.segment / 3600
+    settings = facts["settings"]
     return {
         "steps": facts["step"],
         "windows per step": f"{options.batch_size} of {items.segment:g} s ({seen:.1f} h in all)",
-        "optimiser": f"AdamW, learning rate {options.learning_rate:g}, {options.decay}",
-        "average of the weights": f"exponential, {options.ema:g} a step",
-        "precision": options.precision,
+        "optimiser": _since(settings, "AdamW, learning rate {learning_rate:g}, {decay}"),
+        "average of the weights": _since(settings, "exponential, {ema:g} a step"),
+        "precision": _since(settings, "{precision}"),
         "minutes": facts["seconds"] / 60,
         "device": _device_name(next(trained.parameters()).device),
         **({"recordings left out, as they can't be decoded": len(items.failed)} if items.failed else {}),
+        **facts["start"],
     }
+
+
+def _since(settings: Sequence[tuple[int, Mapping[str, Any]]], form: str) -> str:
+    """What a run was set to, and from which step on where that was changed when it was resumed."""
+    said = [(first, form.format(**chosen)) for first, chosen in settings]
+    changes = [next(same) for _, same in groupby(said, key=lambda row: row[1])]
+    return "; ".join(f"from step {first} on {text}" if first else text for first, text in changes)
+
+
+@torch.no_grad()
+def _cost(prior: Prior, seconds: float) -> list[dict[str, Any]]:
+    """The card's table of cost: an evaluation of one window, timed, and what those of the default preset come to."""
+    device = next(prior.parameters()).device
+    separator = Separator({prior.kind: prior}, device=device)
+    evaluations = separator.settings["steps"] * separator.samples
+    wave = prior.power**0.5 * torch.randn(1, round(seconds * prior.sample_rate), device=device)
+    times = []
+    for _ in range(4):
+        began = time.perf_counter()
+        with precision(device, separator.dtype):
+            float(
+                prior.denoise(wave, torch.zeros(1, dtype=torch.float64)).sum()
+            )  # a number: what a GPU still has to do is waited for
+        times.append(time.perf_counter() - began)
+    took = statistics.median(times[1:])  # the first one warms up
+    return [
+        {
+            "device": f"CPU, {torch.get_num_threads()} threads" if device.type == "cpu" else _device_name(device),
+            "number format": str(separator.dtype).removeprefix("torch."),
+            f"seconds of a network evaluation, {seconds:g} s of a source": f"{took:.3g}",
+            "network evaluations per source, default preset": evaluations,
+            "real-time factor of these": f"{took * evaluations / seconds:.3g}",
+        }
+    ]

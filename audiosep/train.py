@@ -46,6 +46,7 @@ PREFETCH = 2  # batches that a worker prepares ahead, in shared memory
 # What options must be at least.
 LEAST = dict.fromkeys(("max_steps", "batch_size", "accumulate", "log_every", "save_every"), 1)
 LEAST |= dict.fromkeys(("learning_rate", "weight_decay", "warmup", "workers", "seed", "probe_every"), 0)
+TOLD = ("learning_rate", "decay", "ema", "precision")  # what a resumed run may change and a card tells of
 AGREE = 10  # steps between two agreements of several processes on time and signals
 
 log = logging.getLogger("audiosep.train")
@@ -153,6 +154,7 @@ def train(
     probe: Callable[[nn.Module, int, Any], Mapping[str, float]] | None = None,
     level: Callable[[Batch], Tensor] | None = None,
     about: Mapping[str, Any] | None = None,
+    start: Mapping[str, Any] | None = None,
     resume: bool = False,
     device: str = "auto",
     stop_minutes: float | None = None,
@@ -169,17 +171,21 @@ def train(
         folder: of the run, see the module's text.
         options: see `Options`.
         save: save(average, facts) writes what others load: called with the averaged weights whenever the state was
-            written, and at the end.
+            written, and at the end, when facts["final"] is true. facts["start"] is what the run once started from,
+            facts["settings"] a list of [step, options], a row for those of `TOLD` that hold from this step on.
         probe: probe(average, step, board) -> numbers for the log; `board` is TensorBoard's writer.
         level: level(batch) -> (B,) noise levels in 0..1: the log then has the loss in 8 bins of it.
         about: facts that a resumed run must share, as JSON types.
+        start: facts about the weights that the run starts from, as JSON types; a resumed run keeps its own, and must be
+            told the same or none.
         resume: go on from the folder's state, if it has one.
         device: "auto", "cpu" or a device of torch.
         stop_minutes: end this process after so long, to be resumed.
         progress: called with (steps or seconds done, in all, message).
 
     Raises:
-        UsageError: options that don't fit the processes, the data or the state in the folder.
+        UsageError: options that don't fit the processes, the data or the state in the folder; a folder of which the
+            processes don't see the same state.
         AudiosepError: the loss is not finite; the final state can't be written.
     """
     world = distributed.world_size()
@@ -194,7 +200,7 @@ def train(
     same = {"seed": options.seed, "batch_size": options.batch_size, **(about or {})}
     last = options.max_steps or len(dataset) // options.batch_size
     with _accelerator(options, device) as accelerator:
-        run = _Run(model, folder, options, accelerator, same, save, probe)
+        run = _Run(model, folder, options, accelerator, same, dict(start or {}), save, probe)
         batches = _batches(dataset, options, share, range(run.step, last), accelerator.device)
         if run.step == 0 and options.probe_every:
             run.examine()
@@ -236,10 +242,13 @@ class _Run:
         options: Options,
         accelerator: Any,
         same: dict[str, Any],
+        start: dict[str, Any],
         save: Callable[[nn.Module, dict[str, Any]], object] | None,
         probe: Callable[[nn.Module, int, Any], Mapping[str, float]] | None,
     ) -> None:
-        self.folder, self.options, self.accelerator, self.same = folder, options, accelerator, same
+        self.folder, self.options, self.accelerator = folder, options, accelerator
+        self.same, self.start = same, start
+        self.settings: list[Any] = []
         self.save, self.probe = save, probe
         self.main = distributed.rank() == 0
         self.model = model.to(accelerator.device).train()
@@ -257,6 +266,11 @@ class _Run:
         self.sums = torch.zeros(3 + 2 * LEVELS, device=accelerator.device)
         if (folder / STATE).exists():
             self._restore(folder / STATE)
+        self._agree()
+        chosen = {name: getattr(options, name) for name in TOLD}
+        self.settings = [row for row in self.settings if row[0] < self.step]
+        if not self.settings or self.settings[-1][1] != chosen:
+            self.settings.append([self.step, chosen])
         if options.compile:
             compile_blocks(model)
         self.stepper, self.optimizer = accelerator.prepare(_Loss(model), self.adam)
@@ -344,11 +358,14 @@ class _Run:
                 "sums": sums.tolist(),
                 "scaler": {} if scaler is None else scaler.state_dict(),
                 "same": self.same,
+                "start": self.start,
+                "settings": self.settings,
             }
             try:
                 _write(self.folder / STATE, _tensors(self.model, self.average, self.adam), facts)
                 if self.save is not None:
-                    self.save(self.average, {"step": self.step, "seconds": facts["seconds"], **self.row})
+                    told = {name: facts[name] for name in ("step", "seconds", "start", "settings")}
+                    self.save(self.average, {**told, "final": final, **self.row})
             except (OSError, SafetensorError, AudiosepError) as error:
                 if final:
                     raise AudiosepError(f"{self.folder}: step {self.step} can't be written: {error}") from error
@@ -399,6 +416,12 @@ class _Run:
             have = facts["same"].get(key, value)  # older states tell of less
             if have != value:
                 raise UsageError(f"{path}: a run with {key} {have!r}, here {value!r}; it can't go on")
+        start = facts.get("start", self.start)
+        if self.start and self.start != start:
+            raise UsageError(
+                f"{path}: a run with start {_words(start)}, here {_words(self.start)}; resume it without start"
+            )
+        self.start, self.settings = start, facts.get("settings", [])
 
         def part(prefix: str) -> dict[str, Tensor]:
             return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
@@ -411,12 +434,22 @@ class _Run:
         states: dict[int, dict[str, Tensor]] = {}
         for name, value in part("adam.").items():
             i, key = name.split(".")
-            states.setdefault(int(i), {})[key] = value
+            # The optimiser keeps what it is given, and a part of the file would keep all of it.
+            states.setdefault(int(i), {})[key] = value.clone()
         self.adam.load_state_dict({"state": states, "param_groups": self.adam.state_dict()["param_groups"]})
         if self.accelerator.scaler is not None and facts["scaler"]:
             self.accelerator.scaler.load_state_dict(facts["scaler"])
         self.step, self.earlier, self.log_bytes = facts["step"], facts["seconds"], facts["log_bytes"]
         self.sums += torch.tensor(facts["sums"], device=self.sums.device)
+
+    def _agree(self) -> None:
+        """UsageError, in all processes, when they don't go on from the same step: they don't see the same state."""
+        steps = self.accelerator.gather(torch.tensor([self.step], device=self.accelerator.device)).tolist()
+        if len(set(steps)) > 1:
+            raise UsageError(
+                f"{self.folder}: the processes would go on from steps {', '.join(map(str, steps))}; the run's folder "
+                f"has to be one that all of them see: share it, or copy the first one's {STATE} to the other machines"
+            )
 
 
 def read_log(folder: str | Path) -> list[dict[str, Any]]:
@@ -635,6 +668,10 @@ def _cut(path: Path, size: int) -> None:
 
 
 # The state
+
+
+def _words(facts: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in facts.items()) or "none"
 
 
 def _tensors(model: nn.Module, average: nn.Module, adam: torch.optim.Optimizer) -> dict[str, Tensor]:

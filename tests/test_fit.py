@@ -108,6 +108,13 @@ def test_a_recipe_becomes_a_checkpoint(capsys):
     card = Path("tones/README.md").read_text()
     for said in ("# Tones", "9 recordings", "2sound, 1 held-out mixtures", "| steps | 4 |"):
         assert said in card
+    names, _, row = (line.strip("| ").split(" | ") for line in card.split("## Cost\n\n")[1].splitlines()[:3])
+    cost = dict(zip(names, row, strict=True))
+    took = float(cost["seconds of a network evaluation, 0.5 s of a source"])
+    assert 0 < took < 60
+    assert float(cost["real-time factor of these"]) == pytest.approx(took * 24 / 0.5, rel=0.02)
+    assert cost["device"] == f"CPU, {torch.get_num_threads()} threads"
+    assert cost["network evaluations per source, default preset"] == "24"
     page = Path("tones.run/samples/step-0000004.html").read_text()
     assert page.count("<audio") == 2
     assert "Beep" in page
@@ -128,7 +135,15 @@ def test_a_run_may_start_from_another_prior(tiny_prior, capsys):
         word for s in ("probe.mixtures=0", "probe.samples=0", "backbone.adaln_zero=false") for word in ("--set", s)
     ]
     settings += ["-d", "cpu", "-q"]
-    assert run("train", "tones.toml", "--set", "prior.start=other", *settings) == 0
+    made = ["-o", "made", *settings]
+    assert run("train", "tones.toml", "--set", "prior.start=other", *made, "--set", "train.max_steps=2") == 0
+    started = hub.read_config(Path("made"))["training"]["started from"]
+    assert started == f"other ({hub.read_config(Path('other'))['sha256'][:12]})"
+    assert run("train", "tones.toml", *made, "--resume", "--set", "train.decay=constant") == 0
+    facts = hub.read_config(Path("made"))["training"]
+    assert (facts["started from"], facts["steps"], facts["precision"]) == (started, 4, "no")
+    rate = "AdamW, learning rate 0.001"
+    assert facts["optimiser"] == f"{rate}, cosine; from step 2 on {rate}, constant"
     assert run("train", "tones.toml", "--set", "prior.start=other", *settings, "--set", "backbone.width=16") == 2
     assert "other was trained with backbone.width = 8, the recipe has 16: set what other has" in capsys.readouterr().err
     assert run("train", "tones.toml", "--set", "prior.start=none", *settings) == 3
@@ -165,8 +180,30 @@ title = "Two sounds"
 """
 
 
-@pytest.mark.parametrize("text", [RECIPE, EXPERT], ids=["prior", "expert"])
-def test_recordings_that_cannot_be_decoded_end_no_run(text, capsys):
+TAGGER = """
+[tagger]
+of = "./tones"
+width = 8
+tasks = ["2sound"]
+
+[data]
+manifest = "manifest.csv"
+segment = 0.5
+
+[train]
+max_steps = 4
+batch_size = 2
+log_every = 2
+probe_every = 4
+
+[probe]
+mixtures = 2
+"""
+
+
+@pytest.mark.parametrize("text", [RECIPE, EXPERT, TAGGER], ids=["prior", "expert", "tagger"])
+def test_recordings_that_cannot_be_decoded_end_no_run(text, tiny_prior, capsys):
+    hub.save_prior(tiny_prior(num_classes=2, classes=["Beep", "Hum"]), "tones", {}, torch.float32)
     Path("recipe.toml").write_text(text)
     for i in (0, 1, 2, 4):  # to train with; the only one of its class to probe with
         Path(f"Beep{i}.wav").write_bytes(b"RIFF")
@@ -176,7 +213,7 @@ def test_recordings_that_cannot_be_decoded_end_no_run(text, capsys):
     named = {re.match(r"left out of training: (Beep\d\.wav)", str(w.message))[1] for w in caught}
     told = capsys.readouterr().err
     assert re.search(r"no (held-out|separation) scores?: Beep4\.wav: silent or can't be decoded", told)
-    assert "probe/si_sdr" not in {key for row in read_log("made.run") for key in row}
+    assert not {"probe/si_sdr", "probe/threshold"} & {key for row in read_log("made.run") for key in row}
     facts = hub.read_config(Path("made"))["training"]
     assert facts["recordings left out, as they can't be decoded"] == len(named - {"Beep4.wav"}) > 0
 

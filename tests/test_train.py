@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -64,7 +65,7 @@ def options(**changes):
 
 
 def go(folder, model=None, **changes):
-    names = ("save", "probe", "about", "resume", "progress", "stop_minutes", "level")
+    names = ("save", "probe", "about", "start", "resume", "progress", "stop_minutes", "level")
     call = {name: changes.pop(name) for name in names if name in changes}
     data = changes.pop("data", Numbers())
     return train(model or Model(), data, folder, options(**changes), device="cpu", **({"level": level} | call))
@@ -101,15 +102,15 @@ def test_a_run_learns_logs_and_averages(tmp_path):
         max_steps=60,
         probe_every=25,
         probe=probe,
-        save=lambda average, facts: saved.append((facts["step"], average)),
+        save=lambda average, facts: saved.append((facts["step"], facts["final"], average)),
         progress=lambda *told: shown.append(told),
         learning_rate=1e-2,
     )
     assert (result["finished"], result["step"]) == (True, 60)
     assert result["loss"] < 0.7 * losses(tmp_path)[0][1]
     assert [step for step, _ in seen] == [0, 25, 50, 60]
-    assert [step for step, _ in saved] == [*range(5, 65, 5), 60]
-    average = saved[-1][1]
+    assert [told[:2] for told in saved] == [*((step, False) for step in range(5, 65, 5)), (60, True)]
+    average = saved[-1][2]
     assert not average.training
     assert not any(p.requires_grad for p in average.parameters())
     assert average.count == 60
@@ -216,6 +217,53 @@ def test_what_cannot_be_resumed_is_refused(tmp_path):
         go(tmp_path / "new", accumulate=3)
     with pytest.raises(UsageError, match="has 10 items, the run needs 48"):
         go(tmp_path / "new", data=Numbers(10))
+
+
+def test_a_resumed_run_remembers_its_start(tmp_path):
+    told = []
+    call = {"save": lambda average, facts: told.append(facts["start"]), "resume": True}
+    go(tmp_path / "a", max_steps=5, start={"from": "one"}, **call)
+    go(tmp_path / "a", max_steps=7, **call)
+    go(tmp_path / "a", max_steps=9, start={"from": "one"}, **call)
+    with pytest.raises(UsageError, match="a run with start from one, here from two; resume it without start"):
+        go(tmp_path / "a", start={"from": "two"}, **call)
+    assert told[-1] == {"from": "one"} == told[0]
+    go(tmp_path / "b", max_steps=5, **call)
+    with pytest.raises(UsageError, match="a run with start none, here from one; resume it without start"):
+        go(tmp_path / "b", start={"from": "one"}, **call)
+    facts, tensors = module._read(tmp_path / "b" / STATE)
+    del facts["start"]  # as an older version wrote it: what it is told first it keeps
+    module._write(tmp_path / "b" / STATE, tensors, facts)
+    go_on(tmp_path / "b", max_steps=7, start={"from": "one"}, save=call["save"])
+    go_on(tmp_path / "b", max_steps=9, save=call["save"])
+    assert told[-1] == {"from": "one"}
+
+
+def test_a_resumed_run_remembers_its_settings(tmp_path):
+    told = []
+    for steps, rate in ((5, 1.0), (7, 1.0), (9, 2.0), (9, 1.0), (11, 3.0)):  # at step 9 nothing was left to do with 1.0
+        go(
+            tmp_path,
+            max_steps=steps,
+            learning_rate=rate,
+            resume=True,
+            save=lambda average, facts: told.append([[step, row["learning_rate"]] for step, row in facts["settings"]]),
+        )
+    assert told[-1] == [[0, 1.0], [7, 2.0], [9, 3.0]]
+    facts, tensors = module._read(tmp_path / STATE)
+    del facts["settings"]  # as an older version wrote it
+    module._write(tmp_path / STATE, tensors, facts)
+    go_on(tmp_path, max_steps=12)
+    assert module._read(tmp_path / STATE)[0]["settings"][0][0] == 11
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc/self/maps")
+def test_a_resumed_run_lets_go_of_the_state_that_it_read(tmp_path):
+    def progress(*_):
+        assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+
+    go(tmp_path, max_steps=5)
+    go(tmp_path, max_steps=8, resume=True, progress=progress)
 
 
 def test_a_full_disk_leaves_the_last_state(tmp_path, monkeypatch, caplog):
@@ -399,6 +447,32 @@ def test_two_processes_have_the_losses_and_weights_of_one(tmp_path):
     for name in averages[0]:
         torch.testing.assert_close(averages[0][name], averages[1][name], rtol=1e-4, atol=1e-6)
     assert json.loads((folder / LOG).read_text().splitlines()[0])["step"] == 2
+
+
+@pytest.mark.slow
+def test_processes_that_see_different_states_do_not_go_on(tmp_path):
+    go(tmp_path / "0", max_steps=2)  # what the first machine has; the second has nothing
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    common = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(script(tmp_path)), str(tmp_path / rank), "{}"],
+            env=os.environ | common | {"RANK": rank},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    try:
+        for process in processes:
+            told = process.communicate(timeout=300)[1]
+            assert process.returncode
+            assert "would go on from steps 2, 0; the run's folder has to be one that all of them see" in told
+    finally:
+        for process in processes:
+            process.kill()
 
 
 @pytest.mark.slow
