@@ -172,11 +172,11 @@ def load_clip(path: Path, sample_rate: int, seconds: float | None = None, where:
 
 def _read(file: soundfile.SoundFile, frames: int) -> Wave:
     """So many frames, or what there is, as one channel; in blocks, as a damaged header may promise more than memory."""
-    parts = []
-    while frames > 0:
-        parts.append(file.read(min(frames, BLOCK), dtype="float32", always_2d=True).mean(axis=1))
-        frames = frames - len(parts[-1]) if len(parts[-1]) else 0
-    return np.concatenate(parts) if parts else np.zeros(0, np.float32)
+    parts = [np.zeros(0, np.float32)]
+    while frames > 0 and len(block := file.read(min(frames, BLOCK), dtype="float32", always_2d=True)):
+        parts.append(block.mean(axis=1))
+        frames -= len(block)
+    return np.concatenate(parts)
 
 
 class Cache:

@@ -35,7 +35,7 @@ log = logging.getLogger("audiosep.diagnose")
 
 SAMPLERS = ("dps", "dsg", "hybrid")
 LEFT = 0.1  # of the mixture, beyond rounding and lossy formats: references that are not its sources
-CUT = 0.99  # quantile of the bound's size up to which its curve is surely shown
+CUT = 0.99  # quantile of gamma's and of its bound's size up to which a curve is shown
 SHOWN = 5  # states of a trajectory that the page plays
 
 
@@ -193,7 +193,7 @@ def _own(best: float, fixed: float) -> str:
 def _plots(name: str, found: Trace, sources: Sequence[str]) -> list[report.Plot]:
     bound, gamma, si_sdr = np.array(found.bound), np.array(found.gamma), np.array(found.si_sdr_permuted)
     # The largest swings, where the gradient almost vanishes, would flatten everything else.
-    limit = 1.5 * max(np.quantile(np.abs(gamma), 0.98), np.quantile(np.abs(bound), CUT))
+    limit = 1.5 * max(np.quantile(np.abs(curve), CUT) for curve in (gamma, bound))
     curves = {f"bound, {source}": bound[:, k].clip(-limit, limit) for k, source in enumerate(sources)}
     curves |= {f"gamma, {source}": gamma[:, k].clip(-limit, limit) for k, source in enumerate(sources)}
     scores = {source: si_sdr[:, k] for k, source in enumerate(sources)}

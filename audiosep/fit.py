@@ -186,8 +186,9 @@ def _fit_tagger(tables: Mapping[str, Any], out: Path, **how: Any) -> dict[str, A
         hub.save_model(average, out, {**data.card(), **card, "metrics": probe.metrics(rows), "training": facts})
 
     about = _about("tagger", tagger, data, mixtures) | {"tasks": list(tasks)} | shares
-    how |= {"save": save, "probe": probe, "about": about, "start": started}
-    return train.train(tagger, mixtures, run_folder(out), options, **how)
+    return train.train(
+        tagger, mixtures, run_folder(out), options, save=save, probe=probe, about=about, start=started, **how
+    )
 
 
 def _fit_nmf(tables: Mapping[str, Any], out: Path, progress: Callback | None) -> dict[str, Any]:
@@ -715,6 +716,8 @@ def _held_out(without: str, make: Callable[..., Any], *arguments: Any) -> list[d
 
 
 def _device_name(device: torch.device) -> str:
+    if device.type == "cpu":
+        return f"CPU, {torch.get_num_threads()} threads"
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
@@ -770,14 +773,13 @@ def _cost(prior: Prior, seconds: float) -> list[dict[str, Any]]:
     for _ in range(4):
         began = time.perf_counter()
         with precision(device, separator.dtype):
-            float(
-                prior.denoise(wave, torch.zeros(1, dtype=torch.float64)).sum()
-            )  # a number: what a GPU still has to do is waited for
+            estimate = prior.denoise(wave, torch.zeros(1, dtype=torch.float64))
+        estimate.sum().item()  # what a GPU still has to do is waited for
         times.append(time.perf_counter() - began)
     took = statistics.median(times[1:])  # the first one warms up
     return [
         {
-            "device": f"CPU, {torch.get_num_threads()} threads" if device.type == "cpu" else _device_name(device),
+            "device": _device_name(device),
             "number format": str(separator.dtype).removeprefix("torch."),
             f"seconds of a network evaluation, {seconds:g} s of a source": f"{took:.3g}",
             "network evaluations per source, default preset": evaluations,

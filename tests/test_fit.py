@@ -149,7 +149,22 @@ def test_a_run_may_start_from_another_prior(tiny_prior, capsys):
     assert run("train", "tones.toml", "--set", "prior.start=none", *settings) == 3
 
 
-EXPERT = """
+SHORT = """
+[data]
+manifest = "manifest.csv"
+segment = 0.5
+
+[train]
+max_steps = 4
+batch_size = 2
+log_every = 2
+probe_every = 4
+
+[probe]
+mixtures = 2
+"""
+
+EXPERT = f"""
 [expert]
 task = "2sound"
 
@@ -161,44 +176,17 @@ bottleneck = 16
 hidden = 16
 layers = 1
 stacks = 1
-
-[data]
-manifest = "manifest.csv"
-segment = 0.5
-
-[train]
-max_steps = 4
-batch_size = 2
-log_every = 2
-probe_every = 4
-
-[probe]
-mixtures = 2
-
+{SHORT}
 [card]
 title = "Two sounds"
 """
 
-
-TAGGER = """
+TAGGER = f"""
 [tagger]
 of = "./tones"
 width = 8
 tasks = ["2sound"]
-
-[data]
-manifest = "manifest.csv"
-segment = 0.5
-
-[train]
-max_steps = 4
-batch_size = 2
-log_every = 2
-probe_every = 4
-
-[probe]
-mixtures = 2
-"""
+{SHORT}"""
 
 
 @pytest.mark.parametrize("text", [RECIPE, EXPERT, TAGGER], ids=["prior", "expert", "tagger"])

@@ -253,9 +253,10 @@ def standing() -> str:
     rows = []
     for task, name in TASKS.items():
         if found := measured(task):
-            more = [_more(found["default"], found.get(other, found["default"]), "si_sdr_permuted") for other in others]
-            share = _seconds(found["default"]) / _seconds(found["hybrid, published"])
-            rows.append([f"{name}, {found['default']['count']}", *more, f"{100 * share:.0f} %"])
+            own = found["default"]
+            more = [_more(own, found[other], "si_sdr_permuted") if other in found else "" for other in others]
+            share = _seconds(own) / _seconds(found["hybrid, published"])
+            rows.append([f"{name}, {own['count']}", *more, f"{100 * share:.0f} %"])
     return table(head, rows)
 
 
