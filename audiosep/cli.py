@@ -161,6 +161,12 @@ def separate(
             min=0.0, max=1.0, help="How far what each source repeats steers. 0: not at all.  [default: the preset's]"
         ),
     ] = None,
+    refine: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0, max=1.0, help="How far a small network corrects the stems. 0: not at all.  [default: the preset's]"
+        ),
+    ] = None,
     least_noise: Annotated[
         float | None,
         typer.Option(
@@ -249,6 +255,7 @@ def separate(
             samples=samples,
             guidance=guidance,
             low_rank=low_rank,
+            refine=refine,
             least_noise=least_noise,
             combine=combine and combine.value,
             seed=seed,

@@ -542,7 +542,7 @@ class SourceDataset(Dataset[dict[str, Any]]):
         else:
             raise AudioError(f"no usable recording in 100 draws; {len(self.failed)} do not decode")
         if self.equaliser:
-            wave = _equalised(rng, wave, self.equaliser, self.sample_rate)
+            wave = equalised(rng, wave, self.equaliser, self.sample_rate)
         if self.room and rng.random() < self.room:
             wave = _in_room(rng, wave, self.sample_rate)
         wave = wave * _gain(wave, _uniform(rng, *self.level) + _uniform(rng, -self.gain, self.gain))
@@ -608,16 +608,19 @@ def _excerpt(rng: np.random.Generator, wave: Wave, kind: str, length: int, sampl
     return _part(rng, wave, length)
 
 
-def _equalised(
+def equalised(
     rng: np.random.Generator, wave: NDArray[np.float64], decibels: float, sample_rate: int
 ) -> NDArray[np.float64]:
-    """A filter without phase whose gain is uniform in +-`decibels` at each octave, straight lines between them."""
+    """Waves (..., N) through one filter without phase whose gain is uniform in +-`decibels` at each octave, straight
+    lines between them.
+    """
     octaves = sample_rate / 2 * 2.0 ** np.arange(-7, 1)
     gains = [_uniform(rng, -decibels, decibels) for _ in octaves]
-    spectrum = np.fft.rfft(wave, 2 * wave.size)  # twice the length: what rings beyond the end does not come round
-    frequencies = np.fft.rfftfreq(2 * wave.size, 1 / sample_rate)
+    size = wave.shape[-1]
+    spectrum = np.fft.rfft(wave, 2 * size)  # twice the length: what rings beyond the end does not come round
+    frequencies = np.fft.rfftfreq(2 * size, 1 / sample_rate)
     curve = np.interp(np.log2(np.maximum(frequencies, 1.0)), np.log2(octaves), gains)
-    return np.fft.irfft(spectrum * 10 ** (curve / 20))[: wave.size]
+    return np.fft.irfft(spectrum * 10 ** (curve / 20))[..., :size]
 
 
 def _in_room(rng: np.random.Generator, wave: NDArray[np.float64], sample_rate: int) -> NDArray[np.float64]:

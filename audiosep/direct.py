@@ -21,6 +21,7 @@ from audiosep.baselines import ORACLES, SpectralGating
 from audiosep.errors import UsageError
 from audiosep.prior import precision
 from audiosep.progress import Callback
+from audiosep.refiner import Refiner
 from audiosep.separator import (
     SEGMENT,
     SILENCE,
@@ -43,6 +44,7 @@ SAMPLERS_OWN = (
     "samples",
     "guidance",
     "low_rank",
+    "refine",
     "least_noise",
     "combine",
     "sampling",
@@ -110,7 +112,7 @@ class Direct(Separator):
         self.batch = batch or (1 if self.device.type == "cpu" else 16)
         self.dtype = choose_dtype("float32" if dtype == "auto" else dtype, self.device)
         self.samples, self.combine, self.seed, self.rank, self.mixing = 1, "mean", 0, False, None
-        self.exchanges, self.guidance, self.low_rank = False, 0.0, 0.0
+        self.exchanges, self.guidance, self.low_rank, self.refine = False, 0.0, 0.0, 0.0
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -196,6 +198,6 @@ def load(names: str | Sequence[str] = "speech,sound", device: str | torch.device
         if not (value is None or off or (isinstance(value, str) and value == "default")):
             raise UsageError(f"{alone[0]} separates in one pass: it has no {name}")
     model = WITHOUT_WEIGHTS[alone[0]]() if alone[0] in WITHOUT_WEIGHTS else hub.load_model(alone[0])
-    if isinstance(model, Tagger):
+    if isinstance(model, Tagger | Refiner):
         raise UsageError(f"{alone[0]} says what a recording or a stem holds: it can't separate")
     return Direct(model, Path(alone[0]).name, device=choose_device(device), **options)

@@ -160,6 +160,7 @@ def _checkpoints(
     samples: int | None = None,
     guidance: float | None = None,
     low_rank: float | None = None,
+    refine: float | None = None,
     least_noise: float | None = None,
     combine: str | None = None,
     sampling: Mapping[str, Any] | None = None,
@@ -382,6 +383,11 @@ def _trials(plan: Plan, tables: Mapping[str, Any], given: Mapping[str, Separates
             share = getattr(separator, "low_rank", 0.0)
             if share and dataset.n_sound:
                 header["low rank"] = low_rank_facts(share, dataset.n_sound, labels)
+            # Two voices, and several sounds without a class, have one name, and stay as they are.
+            apart = dataset.n_speech < 2 and 0 < dataset.n_sound < (dataset.n_sound + 1 if labels else 2)
+            refiner = getattr(separator, "refiner", None) if apart else None
+            if refiner is not None:
+                header["refiner"] = {**_hashes({"refiner": refiner}), "share": separator.refine}  # type: ignore[attr-defined]
             stems = out / "stems" if out is not None and plan.stems else None
             seed = mix_seed(plan.seed, own_seed)
             trials.append(Trial(name, separator, dataset, labels, plan.metrics, header, seed, stems))

@@ -6,7 +6,8 @@ model card. A run of `fit(tables, "my-prior")` leaves the checkpoint in `my-prio
 listen to and TensorBoard's files in `my-prior.run`.
 
 A recipe of a tagger has [tagger] of `Tagger` and `TaggedMixtures`, with `of`, the prior whose classes it is to know,
-and `tasks`; its [probe] is of `TaggerProbe`. A recipe of a supervised network has [expert] of `Expert` and [network] of
+and `tasks`; its [probe] is of `TaggerProbe`. That of a refiner has [refiner] of `Refiner` and `Stems` with the same
+two, and its [probe] is of `RefinerProbe`. A recipe of a supervised network has [expert] of `Expert` and [network] of
 what its `name` says in `hub` in place of the prior's tables; its [data] is of `read_manifest` and `MixtureDataset`, its
 [probe] of `ExpertProbe`. One of NMF source models has [nmf] of `fit_nmf`, [data] and [card].
 """
@@ -32,11 +33,13 @@ from audiosep.baselines import fit_nmf
 from audiosep.data import KINDS, Item, MixtureDataset, SourceDataset, Undecoded, class_names, parse_task, read_manifest
 from audiosep.errors import AudioError, UsageError, at_least
 from audiosep.evaluate import score
+from audiosep.metrics import si_sdr
 from audiosep.mixing import best_permutation
 from audiosep.prior import Prior, precision
 from audiosep.progress import Callback
 from audiosep.recipe import build, check_tables, check_type
-from audiosep.separator import Separator, choose_device
+from audiosep.refiner import SUFFIX, Refiner, Stems, read_stems
+from audiosep.separator import REFINE, Separator, choose_device
 from audiosep.supervised.expert import Expert
 from audiosep.tagger import COUNTS, TaggedMixtures, Tagger, leaked
 
@@ -44,10 +47,19 @@ __all__ = ["ExpertProbe", "Probe", "build_expert", "build_prior", "draw", "fit",
 
 TABLES = ("prior", "backbone", "schedule", "data", "train", "probe", "card")
 TAGGER_TABLES = ("tagger", "data", "train", "probe", "card")
+REFINER_TABLES = ("refiner", "data", "train", "probe", "card")
 EXPERT_TABLES = ("expert", "network", "data", "train", "probe", "card")
 MANIFEST = {"manifest": "str", "root": "str", "kind": "str", "least": "int"}  # keys of [data] not SourceDataset's
 LOSS = ("label_dropout", "focus")  # keys of [prior] that are of its loss, not of its config
 SHARES = ("alone", "masked")  # what [tagger] says of `TaggedMixtures`
+STEMS = {
+    "folder": "str",
+    "separated": "float",
+    "unnamed": "float",
+    "equaliser": "float",
+    "speed": "float",
+}  # of `Stems`
+REFINED_TASKS = ("1speech+1sound", "2sound", "1speech+1sound", "1speech+2sound", "3sound")
 TAGGED_TASKS = ("1speech", "1sound", "2speech", "1speech+1sound", "2sound", "1speech+2sound", "3sound")
 FOREVER = 2**40  # windows of a run whose budget is time
 
@@ -85,6 +97,8 @@ def fit(
     how = {"resume": resume, "device": device, "stop_minutes": stop_minutes, "progress": progress}
     if "tagger" in tables:
         return _fit_tagger(tables, out, **how)
+    if "refiner" in tables:
+        return _fit_refiner(tables, out, **how)
     if "nmf" in tables:
         return _fit_nmf(tables, out, progress)
     return _fit_expert(tables, out, **how) if "expert" in tables else _fit_prior(tables, out, **how)
@@ -157,12 +171,7 @@ def _fit_tagger(tables: Mapping[str, Any], out: Path, **how: Any) -> dict[str, A
     options = build(train.Options, tables.get("train", {}), "train")
     torch.manual_seed(options.seed)
     table = dict(tables["tagger"])
-    of, tasks = table.pop("of", "sound"), table.pop("tasks", TAGGED_TASKS)
-    check_type("str", of, "tagger.of")
-    check_type("list[str]", tasks, "tagger.tasks")
-    if not tasks:
-        raise UsageError("tagger.tasks is a list of what the mixtures hold, as in 1speech+1sound, got none")
-    prior = hub.load_prior(of)
+    prior, tasks = _named_by(table, "tagger", TAGGED_TASKS)
     shares = {name: table.pop(name, 0.0) for name in SHARES}
     for name, share in shares.items():
         check_type("float", share, f"tagger.{name}")
@@ -173,8 +182,7 @@ def _fit_tagger(tables: Mapping[str, Any], out: Path, **how: Any) -> dict[str, A
     if start is not None:
         _start_tagger(tagger, start)
     data = _Data(tables, kind=None)
-    count = -(-(options.max_steps or FOREVER) * options.batch_size // len(tasks))
-    mixtures = data.tagged(data.train, tagger, tasks, count, options.seed, **shares)
+    mixtures = data.tagged(data.train, tagger, tasks, _each(options, tasks), options.seed, **shares)
     probe = build(TaggerProbe, tables.get("probe", {}), "probe", data=data, tagger=tagger, tasks=tasks)
     card = build(_card, tables.get("card", {}), "card")
 
@@ -189,6 +197,52 @@ def _fit_tagger(tables: Mapping[str, Any], out: Path, **how: Any) -> dict[str, A
     return train.train(
         tagger, mixtures, run_folder(out), options, save=save, probe=probe, about=about, start=started, **how
     )
+
+
+def _fit_refiner(tables: Mapping[str, Any], out: Path, **how: Any) -> dict[str, Any]:
+    check_tables(tables, REFINER_TABLES)
+    options = build(train.Options, tables.get("train", {}), "train")
+    torch.manual_seed(options.seed)
+    table = dict(tables["refiner"])
+    prior, tasks = _named_by(table, "refiner", REFINED_TASKS)
+    shares = {name: table.pop(name) for name in STEMS if name in table}
+    for name, value in shares.items():
+        check_type(STEMS[name], value, f"refiner.{name}")
+    start = table.pop("start", None)
+    check_type("str | None", start, "refiner.start")
+    refiner = build(Refiner, table, "refiner", classes=prior.classes, sample_rate=prior.sample_rate)
+    started = _started(start)
+    if start is not None:
+        _start_refiner(refiner, start)
+    data = _Data(tables, kind=None)
+    stems = data.stems(data.train, refiner, tasks, _each(options, tasks), options.seed, **shares)
+    probe = build(RefinerProbe, tables.get("probe", {}), "probe")
+    card = build(_card, tables.get("card", {}), "card")
+
+    def save(average: torch.nn.Module, facts: dict[str, Any]) -> None:
+        rows = probe.metrics(train.read_log(run_folder(out)))
+        facts = _facts(options, stems, facts, average)
+        hub.save_model(average, out, {**data.card(), **card, "metrics": rows, "training": facts})
+
+    about = _about("refiner", refiner, data, stems) | {"tasks": list(tasks)} | shares
+    return train.train(
+        refiner, stems, run_folder(out), options, save=save, probe=probe, about=about, start=started, **how
+    )
+
+
+def _named_by(table: dict[str, Any], name: str, tasks: Sequence[str]) -> tuple[Prior, Sequence[str]]:
+    """Takes `of` and `tasks` from a recipe's table `name`: the prior whose classes are meant, and the tasks."""
+    of, tasks = table.pop("of", "sound"), table.pop("tasks", tasks)
+    check_type("str", of, f"{name}.of")
+    check_type("list[str]", tasks, f"{name}.tasks")
+    if not tasks:
+        raise UsageError(f"{name}.tasks is a list of what the mixtures hold, as in 1speech+1sound, got none")
+    return hub.load_prior(of), tasks
+
+
+def _each(options: train.Options, tasks: Sequence[str]) -> int:
+    """How many mixtures of each task a run takes at most."""
+    return -(-(options.max_steps or FOREVER) * options.batch_size // len(tasks))
 
 
 def _fit_nmf(tables: Mapping[str, Any], out: Path, progress: Callback | None) -> dict[str, Any]:
@@ -264,6 +318,14 @@ def _settled(prior: Prior) -> dict[str, Any]:
     return settings
 
 
+def _start_refiner(refiner: Refiner, name: str) -> None:
+    """Take over the weights of the refiner `name`, which must be the recipe's."""
+    other = hub.load_model(name)
+    if not isinstance(other, Refiner) or other.config != refiner.config:
+        raise UsageError(f"refiner.start: {name} is no refiner of the recipe's classes, rate and sizes")
+    refiner.load_state_dict(other.state_dict())
+
+
 def _start_tagger(tagger: Tagger, name: str) -> None:
     """Take over the weights and the threshold of the tagger `name`, which must be the recipe's, its loss aside."""
     other = hub.load_model(name)
@@ -296,7 +358,10 @@ def _named(makers: Mapping[str, Any], tables: Mapping[str, Any], table: str, def
 
 
 def _about(
-    name: str, model: Prior | Expert | Tagger, data: _Data, items: SourceDataset | MixtureDataset | TaggedMixtures
+    name: str,
+    model: Prior | Expert | Tagger | Refiner,
+    data: _Data,
+    items: SourceDataset | MixtureDataset | TaggedMixtures | Stems,
 ) -> dict[str, Any]:
     """What a run that goes on must have as it had it: else the card would tell of the last settings alone."""
     about = {name: model.config, "recordings": data.fingerprint()}
@@ -368,14 +433,25 @@ class _Data:
         **shares: float,
     ) -> TaggedMixtures:
         """Mixtures of the tagger's classes, `count` of each task; `shares` are `TaggedMixtures`' own."""
-        common = {"items": items, "count": count, "classes": tagger.classes, "sample_rate": tagger.sample_rate}
+        return TaggedMixtures(self._of_tasks(items, tagger, tasks, count, seed), tagger.labels, **shares)
+
+    def stems(
+        self, items: Sequence[Item], refiner: Refiner, tasks: Sequence[str], count: int, seed: int, **shares: Any
+    ) -> Stems:
+        """Stems of the refiner's classes, `count` of each task; `shares` are `Stems`' own."""
+        datasets = self._of_tasks(items, refiner, tasks, count, seed)
+        return build(Stems, shares, "refiner", datasets=datasets, refiner=refiner)
+
+    def _of_tasks(
+        self, items: Sequence[Item], model: Tagger | Refiner, tasks: Sequence[str], count: int, seed: int
+    ) -> list[MixtureDataset]:
+        common = {"items": items, "count": count, "classes": model.classes, "sample_rate": model.sample_rate}
         common["skip"] = Undecoded(items)
         # A task that is named twice is to give other mixtures the second time.
-        datasets = [
+        return [
             build(MixtureDataset, self.table, "data", task=task, seed=seed + k, **common)
             for k, task in enumerate(tasks)
         ]
-        return TaggedMixtures(datasets, tagger.labels, **shares)
 
     def fingerprint(self) -> str:
         names = "\n".join(f"{item.label} {item.id} {item.duration}" for item in self.train)
@@ -574,6 +650,46 @@ class ExpertProbe:
         ]
 
 
+class RefinerProbe:
+    """What a refiner adds to held-out stems, in dB of SI-SDR, labels fixed.
+
+    Args:
+        folder: of stems that `refiner.write_stems` wrote; None for none.
+        share: of the field by which they are moved.
+    """
+
+    def __init__(self, folder: str | None = None, share: float = REFINE) -> None:
+        self.share = share
+        self.files = [] if folder is None else sorted(Path(folder).glob(f"*{SUFFIX}"))
+        if folder is not None and not self.files:
+            raise UsageError(f"folder: no stems in {folder}; recipes/open16k/stems.py writes some")
+
+    @torch.no_grad()
+    def __call__(self, average: torch.nn.Module, step: int, board: Any) -> dict[str, float]:
+        assert isinstance(average, Refiner)
+        device = next(average.parameters()).device
+        found: dict[str, list[float]] = {}
+        for path in self.files:
+            for stems, sources, names in read_stems(path):
+                before, labels = stems[None].to(device), average.numbers(names)[None].to(device)
+                (after,) = average.refine([before], labels, self.share)
+                scores = [si_sdr(x[0].cpu(), sources).mean().item() for x in (before, after)]
+                task = path.name.partition(".")[0]
+                found.setdefault(f"si_sdr/{task}", []).append(scores[1])
+                found.setdefault(f"gain/{task}", []).append(scores[1] - scores[0])
+        return {name: statistics.mean(values) for name, values in found.items()}
+
+    def metrics(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Rows of the model card from the last probe in the log."""
+        probed = [row for row in rows if any(key.startswith("probe/gain") for key in row)]
+        last = probed[-1] if probed else {}
+        return [
+            {"metric": f"SI-SDR of held-out stems, {task}: dB gained", "value": last[key]}
+            for key in last
+            if (task := key.removeprefix("probe/gain/")) != key
+        ]
+
+
 class TaggerProbe:
     """How well a tagger names the sources of held-out mixtures, as `-s auto` does, and stems, as a separator does.
 
@@ -735,7 +851,7 @@ def _card(
 
 def _facts(
     options: train.Options,
-    items: SourceDataset | MixtureDataset | TaggedMixtures,
+    items: SourceDataset | MixtureDataset | TaggedMixtures | Stems,
     facts: Mapping[str, Any],
     trained: torch.nn.Module,
 ) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from audiosep.mixing import grid, log_power
+from audiosep.mixing import change_of_shares, grid, log_power
 from audiosep.stft import istft, stft
 from audiosep.tagger import Ensemble, Tagger
 
@@ -68,8 +68,8 @@ class ClassGuidance:
         rows, columns = grid(self.classifier.sample_rate, log.shape[-2], log.shape[-1], x.shape[-1], x.device)
 
         def moved(field: Tensor) -> Tensor:
-            change = (log + rows @ field @ columns.T).softmax(1) - log.softmax(1)
-            return x + istft(change * total, self.n_fft, self.hop_length, x.shape[-1])
+            change = change_of_shares(log, rows @ field @ columns.T) * total
+            return x + istft(change, self.n_fft, self.hop_length, x.shape[-1])
 
         with torch.enable_grad():
             field = x.new_zeros(*x.shape[:2], rows.shape[1], columns.shape[1], requires_grad=True)

@@ -36,6 +36,7 @@ from audiosep.backbones.wiener import Wiener
 from audiosep.baselines import NMF
 from audiosep.errors import ModelError
 from audiosep.prior import Prior
+from audiosep.refiner import Refiner
 from audiosep.schedules import Schedule, ve, vp_linear
 from audiosep.supervised.conv_tasnet import ConvTasNet
 from audiosep.supervised.expert import Expert
@@ -71,7 +72,7 @@ BACKBONES: dict[str, Callable[..., nn.Module]] = {
 SCHEDULES: dict[str, Callable[..., Schedule]] = {"vp_linear": vp_linear, "ve": ve}
 NETWORKS: dict[str, Callable[..., nn.Module]] = {"conv_tasnet": ConvTasNet, "tf_locoformer": TFLocoformer}
 
-MODELS: dict[str, Callable[..., nn.Module]] = {"expert": Expert, "nmf": NMF, "tagger": Tagger}
+MODELS: dict[str, Callable[..., nn.Module]] = {"expert": Expert, "nmf": NMF, "refiner": Refiner, "tagger": Tagger}
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 FORMAT = 1
@@ -726,7 +727,7 @@ def _card(config: Mapping[str, Any], card: Mapping[str, Any]) -> str:
         card.get("description", f"{default}, for `audiosep`."),
         _table([{"": key, "value": value} for key, value in facts.items()]),
     ]
-    if config["kind"] != "tagger":
+    if config["kind"] not in ("tagger", "refiner"):
         blocks.append(f"## Use\n\n```\n{_use(config)}\n```")
     for heading, content in (
         ("Data", config["data"]),

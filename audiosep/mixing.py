@@ -133,12 +133,17 @@ def grid(
     """
     mel = torch.log1p(torch.linspace(0, sample_rate / 2, bins, device=device) / 700)
     nodes = max(2, round(RATE * samples / sample_rate))
-    return _hats(mel / mel[-1], BANDS), _hats(torch.linspace(0, 1, frames, device=device), nodes)
+    return hats(mel / mel[-1], BANDS), hats(torch.linspace(0, 1, frames, device=device), nodes)
 
 
-def _hats(position: Tensor, nodes: int) -> Tensor:
+def hats(position: Tensor, nodes: int) -> Tensor:
     """Weights (P, nodes) of linear interpolation at positions (P,) in 0..1 between evenly spaced nodes."""
     return (1 - (position[:, None] * (nodes - 1) - torch.arange(nodes, device=position.device)).abs()).clamp(min=0)
+
+
+def change_of_shares(log: Tensor, field: Tensor) -> Tensor:
+    """What fields (..., K, F, M), in nats, change in the shares that sources of log power `log` have of their sum."""
+    return (log + field).softmax(-3) - log.softmax(-3)
 
 
 def log_power(bins: Tensor, size: int) -> Tensor:

@@ -36,6 +36,7 @@ from audiosep.mixing import best_permutation, combine, permute, project, residua
 from audiosep.operators import Mixing
 from audiosep.prior import JointPrior, Prior
 from audiosep.progress import Callback
+from audiosep.refiner import Refiner
 from audiosep.samplers import PRESETS, SAMPLES, Noise, Sampler, build
 from audiosep.tagger import Ensemble, Tagger
 
@@ -47,6 +48,7 @@ SEGMENT = 4.0  # seconds; what the published priors were trained on
 SILENCE = 1e-7  # RMS under which a channel counts as digital silence (-140 dBFS)
 TAGGER = "tagger"  # the checkpoint that "auto" listens with
 CLASSIFIER = "classifier"  # and the one that guides with it; both tell which stem is of which class
+REFINER = "refiner"  # the checkpoint that says what is wrong with stems
 REPORTED = 10  # labels whose scores a report holds
 INACTIVE = -40.0  # dB under the mixture at which a stem is flagged as inactive
 SELF_NOISE = (0.02, 0.05, 0.1, 0.2)  # noise levels at which a sample's likelihood under its prior is measured
@@ -59,6 +61,7 @@ LIKENESS = 2.5
 # of it or four times as much make no difference.
 LEAD = 3.0
 GUIDANCE = 0.55  # step of the class guidance, chosen on held-out mixtures
+REFINE = 0.5  # share of the refiner's fields, chosen on held-out mixtures
 LOW_RANK = 0.2  # share of the low-rank guidance, chosen there, too
 RANKS = {"speech": 8}  # of a kind's spectrograms; those of one sound are 1
 REST_RANK = 4  # of the one sound that has no class: it may be all the rest
@@ -150,6 +153,9 @@ class Separator:
             the whole way at most (see `audiosep.lowrank`). None is the preset's own. Only the default preset's own
             sampler has it, where there are sounds, and one voice at most; one sound without a class, which may be all
             the rest, has a higher rank and no last step.
+        refine: how far a network that has heard all of a mixture's stems moves them in the end, 0..1, 0 for not at all
+            (see `audiosep.refiner`). None is the preset's own. Only the default preset's own sampler has it, for
+            sources of different names that the network knows, one without a class at most.
         least_noise: level of the sampler's last step, relative to full scale. At 0.063, which is the default preset's
             for its own sampler without a mixing, a sample is the mean of what the sources could still become: nearer to
             the truth on average, and found in half the time. At 0.002, the other samplers', it is a sample, with all
@@ -179,6 +185,7 @@ class Separator:
         samples: int | None = None,
         guidance: float | None = None,
         low_rank: float | None = None,
+        refine: float | None = None,
         least_noise: float | None = None,
         combine: str | None = None,
         seed: int = 0,
@@ -205,6 +212,8 @@ class Separator:
             raise UsageError(f"guidance must be at least 0, got {guidance}")
         if low_rank is not None and not 0 <= low_rank <= 1:
             raise UsageError(f"low_rank lies in 0..1, got {low_rank}")
+        if refine is not None and not 0 <= refine <= 1:
+            raise UsageError(f"refine lies in 0..1, got {refine}")
         if combine not in (None, "wiener", "mean"):
             raise UsageError(f"combine is 'wiener' or 'mean', not {combine!r}")
         self.device = torch.device(device)
@@ -230,15 +239,18 @@ class Separator:
             raise UsageError("guidance by the classifier is for the default preset with its own sampler and no mixing")
         if low_rank and not guided:
             raise UsageError("low-rank guidance is for the default preset with its own sampler and no mixing")
+        if refine and not guided:
+            raise UsageError("refinement is for the default preset with its own sampler and no mixing")
         self.guidance = float(GUIDANCE if guidance is None else guidance) if guided else 0.0
         self.low_rank = float(LOW_RANK if low_rank is None else low_rank) if guided else 0.0
+        self.refine = float(REFINE if refine is None else refine) if guided else 0.0
         self.least_noise = LEAST_NOISE if guided and least_noise is None else least_noise
         self.sampling = dict(sampling or {})
         self.segment, self.overlap = segment or SEGMENT, overlap
         self.seed, self.consistent = seed, consistent
         self.batch = batch or (1 if self.device.type == "cpu" else 16)
         self.dtype, self.compiled = choose_dtype(dtype, self.device), compile
-        self._listeners: dict[str, Tagger] = {}  # each is read once
+        self._listeners: dict[str, Tagger | Refiner] = {}  # each is read once
         self._build(JointPrior([]))  # wrong options are refused here, not after minutes of work
         self.samples, self.combine = samples or SAMPLES[preset], combine or "wiener"
         self.rank = (samples or 1) > 1  # the likeliest sample is wanted, too
@@ -277,12 +289,28 @@ class Separator:
                 return None
         return Ensemble(*listeners.values())
 
+    @functools.cached_property
+    def refiner(self) -> Refiner | None:
+        """The shipped refiner; None where it isn't asked for or can't be had, or hears at another rate."""
+        if not self.refine:
+            return None
+        try:
+            refiner = self._listener(REFINER)
+        except ModelError as error:
+            log.warning("stems are left as the sampler found them: %s", error)
+            return None
+        if refiner.sample_rate != self.sample_rate:
+            why = f"the refiner hears at {refiner.sample_rate} Hz, the priors are of {self.sample_rate} Hz"
+            log.warning("stems are left as the sampler found them: %s", why)
+            return None
+        return refiner
+
     @property
     def tagger(self) -> Tagger:
         """The shipped tagger, for "auto"; ModelError when it can't be had."""
         return self._listener(TAGGER)
 
-    def _listener(self, name: str) -> Tagger:
+    def _listener(self, name: str) -> Any:
         if name not in self._listeners:
             self._listeners[name] = hub.load_model(name, self.device)
         return self._listeners[name]
@@ -579,6 +607,11 @@ class Separator:
         classifier = self.classifier
         return classifier if classifier is not None and classifier.knows(self.classes_of(sources)) else None
 
+    def refiner_of(self, sources: Sequence[Source]) -> Refiner | None:
+        """The refiner, where it can tell these sources apart."""
+        refiner = self.refiner
+        return refiner if refiner is not None and refiner.knows(self.classes_of(sources)) else None
+
     def classes_of(self, sources: Sequence[Source]) -> list[str]:
         """Class names of sources, the null class's is the prior's kind."""
         priors = [self.priors[source.prior] for source in sources]
@@ -588,7 +621,12 @@ class Separator:
         """The report's part on what guides the sampler to these sources, 0 where it doesn't."""
         told = any(self.classifier_of([sources[k] for k in group]) for group in self.exchange_groups(sources))
         low = self._low_rank(sources) is not None
-        return {"guidance": self.guidance if told else 0.0, "low_rank": self.low_rank if low else 0.0}
+        refined = self.refiner_of(sources) is not None
+        return {
+            "guidance": self.guidance if told else 0.0,
+            "low_rank": self.low_rank if low else 0.0,
+            "refine": self.refine if refined else 0.0,
+        }
 
     def _guides(self, sources: Sequence[Source]) -> list[tuple[list[int], ClassGuidance]]:
         """Positions of the sources that tagger and classifier tell apart, group by group, and their class guidance."""
@@ -684,6 +722,7 @@ class Job:
         self.names = [source.name for source in sources]
         self.sample_rate, self.share = sample_rate, share and separator.consistent
         self.batch = separator.batch
+        self.refiner: Refiner | None = None
         # Segments start on a grid that both sample rates share.
         unit = sample_rate // math.gcd(sample_rate, separator.sample_rate)
         self.segment = unit * max(1, round(separator.segment * sample_rate / unit))
@@ -705,6 +744,9 @@ class Job:
         """Make what separates ready; how many steps it takes per sample."""
         self.sampler = self.separator.sampler_for(self.sources)
         self.exchanged = self.separator.exchange_groups(self.sources)
+        self.refiner = self.separator.refiner_of(self.sources)
+        if self.refiner is not None:
+            self.labels = self.refiner.numbers(self.separator.classes_of(self.sources))
         steps = len(self.sampler.times)
         if self.sampler.evaluations > steps:
             log.warning(
@@ -811,6 +853,9 @@ class Job:
             found.append(self._run_sampler(rows * gain, Noise(seeds), count))
         if self.exchanged:
             found = self._by_class(found, each)
+        if self.refiner is not None:
+            labels = self.labels.to(found[0].device).expand(len(rows), -1)
+            found = self.refiner.refine(found, labels, separator.refine)
         drawn, scores = [], []
         for x in found:
             score = self._log_likelihood(x) if separator.rank else torch.zeros(len(x))
@@ -1027,6 +1072,7 @@ class Job:
         return {
             "models": {name: {"name": name, **prior.origin} for name, prior in separator.priors.items()},
             **({"classifiers": asked} if asked else {}),
+            **({"refiner": {"name": REFINER, **self.refiner.origin}} if self.refiner is not None else {}),
             "sampler": {
                 "name": separator.sampler or PRESETS[separator.preset],
                 "preset": separator.preset,

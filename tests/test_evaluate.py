@@ -18,6 +18,7 @@ from audiosep.data import MixtureDataset, read_manifest
 from audiosep.errors import AudiosepError, UsageError
 from audiosep.lowrank import LAST
 from audiosep.prior import Prior
+from audiosep.refiner import Refiner
 from audiosep.schedules import vp_linear
 from audiosep.separator import LABEL_NOISE, REST_RANK
 from audiosep.tagger import Ensemble, Tagger
@@ -223,6 +224,23 @@ def test_rows_are_the_low_ranks_too_where_a_sound_is(manifest, tmp_path):
             assert facts.get("last") == (LAST if share and "2sound" in task else None)
             assert facts.get("rest") == (REST_RANK if share and (task, labels) == ("1speech+1sound", False) else None)
     assert asked == [2, 2, 2, 2, 2, 0, 2, 2, 2, 2, 2, 2]
+
+
+def test_rows_are_the_refiners_too_where_names_differ(manifest, tmp_path):
+    asked = []
+    cases = [("2sound", True), ("2sound", False), ("2speech", True), ("1speech+1sound", False)]
+    for task, labels in cases:
+        for digest in (None, "first", "second"):
+            fake = Fake(manifest, task)
+            fake.refine, fake.refiner = 0.5, None
+            if digest:
+                fake.refiner = Refiner(["Bark"], width=2, mels=8)
+                fake.refiner.origin = {"sha256": digest}
+            summary = run(manifest, fake, task=task, out=tmp_path / f"{task}{labels}", count=2, labels=labels)
+            asked.append(len(fake.asked))
+            told = summary.get("refiner")
+            assert told == ({"refiner": digest, "share": 0.5} if digest and asked[-1] else None)
+    assert asked == [2, 2, 2, 2, 0, 0, 2, 0, 0, 2, 2, 2]
 
 
 @pytest.mark.parametrize("world", [1, 2])

@@ -17,6 +17,7 @@ from audiosep import hub, recipe
 from audiosep.cli import main
 from audiosep.errors import UsageError
 from audiosep.fit import build_prior, draw
+from audiosep.refiner import write_stems
 from audiosep.separator import Separator
 from audiosep.train import read_log
 
@@ -189,18 +190,80 @@ tasks = ["2sound"]
 {SHORT}"""
 
 
-@pytest.mark.parametrize("text", [RECIPE, EXPERT, TAGGER], ids=["prior", "expert", "tagger"])
+REFINER = f"""
+[refiner]
+of = "./tones"
+width = 8
+mels = 16
+tasks = ["2sound"]
+{SHORT}"""
+
+
+@pytest.fixture
+def beeps_and_hums(tiny_prior):
+    """A refiner's recipe, the prior that it names, and stems of the two classes."""
+    hub.save_prior(tiny_prior(num_classes=2, classes=["Beep", "Hum"]), "tones", {}, torch.float32)
+    Path("recipe.toml").write_text(REFINER.replace("mixtures = 2", 'folder = "stems"'))
+    Path("stems").mkdir()
+    generator = torch.Generator().manual_seed(0)
+    stems, sources = (0.1 * torch.randn(2, 8000, generator=generator) for _ in "ab")
+    write_stems(Path("stems/2sound.00000.safetensors"), [(stems, sources, ["Hum", "Beep"])])
+    return ["train", "recipe.toml", "-d", "cpu", "-q", "--set", "refiner.folder=stems"]
+
+
+def test_a_refiner_is_trained_and_probed(beeps_and_hums, capsys):
+    assert run(*beeps_and_hums, "-o", "made") == 0
+    refiner = hub.load_model("made")
+    assert refiner.labels == ("speech", "sound", "Beep", "Hum")
+    assert refiner.out.weight.any()  # it began with zeros
+    probes = [row for row in read_log("made.run") if "probe/gain/2sound" in row]
+    assert [row["step"] for row in probes] == [0, 4]
+    assert abs(probes[0]["probe/gain/2sound"]) < 1e-3  # it began by leaving stems as they are
+    card = Path("made/README.md").read_text()
+    assert "SI-SDR of held-out stems, 2sound: dB gained" in card
+    assert "## Use" not in card
+    # What has been trained can be trained on.
+    assert run(*beeps_and_hums, "-o", "on", "--set", "refiner.start=./made") == 0
+    assert hub.read_config(Path("on"))["training"]["steps before"] == 4
+    assert run(*beeps_and_hums, "-o", "other", "--set", "refiner.start=./made", "--set", "refiner.width=4") == 2
+    assert "refiner.start: ./made is no refiner of the recipe's" in capsys.readouterr().err
+    assert run("separate", "Beep0.wav", "-n", "./made") == 2
+    assert "can't separate" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("refiner.folder=none", "none: no stems of 2sound"),
+        ("refiner.separated=2", "[refiner]: separated is a share"),
+        ("refiner.separated=much", "refiner.separated is a number, got 'much'"),
+        ("refiner.width=3", "[refiner]: width and mels are even numbers"),
+        ("refiner.tasks=[]", "refiner.tasks is a list of what the mixtures hold"),
+        ("refiner.flavour=1", "refiner.flavour: no such setting"),
+        ("probe.folder=none", "folder: no stems in none"),
+    ],
+)
+def test_a_refiners_settings_are_checked(beeps_and_hums, capsys, setting, said):
+    assert run(*beeps_and_hums, "-o", "made", "--set", setting) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", [RECIPE, EXPERT, TAGGER, REFINER], ids=["prior", "expert", "tagger", "refiner"])
 def test_recordings_that_cannot_be_decoded_end_no_run(text, tiny_prior, capsys):
     hub.save_prior(tiny_prior(num_classes=2, classes=["Beep", "Hum"]), "tones", {}, torch.float32)
     Path("recipe.toml").write_text(text)
     for i in (0, 1, 2, 4):  # to train with; the only one of its class to probe with
         Path(f"Beep{i}.wav").write_bytes(b"RIFF")
     settings = ["--set", "probe.samples=0"] if text is RECIPE else []
+    if text is REFINER:  # which is probed with stems
+        Path("recipe.toml").write_text(text.replace("mixtures = 2", ""))
     with pytest.warns(UserWarning, match="can't be decoded") as caught:
         assert run("train", "recipe.toml", "-o", "made", "-d", "cpu", "--progress", "none", *settings) == 0
     named = {re.match(r"left out of training: (Beep\d\.wav)", str(w.message))[1] for w in caught}
     told = capsys.readouterr().err
-    assert re.search(r"no (held-out|separation) scores?: Beep4\.wav: silent or can't be decoded", told)
+    assert text is REFINER or re.search(
+        r"no (held-out|separation) scores?: Beep4\.wav: silent or can't be decoded", told
+    )
     assert not {"probe/si_sdr", "probe/threshold"} & {key for row in read_log("made.run") for key in row}
     facts = hub.read_config(Path("made"))["training"]
     assert facts["recordings left out, as they can't be decoded"] == len(named - {"Beep4.wav"}) > 0

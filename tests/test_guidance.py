@@ -4,7 +4,7 @@ import torch
 
 from audiosep.guidance import LARGEST, ClassGuidance
 from audiosep.metrics import si_sdr
-from audiosep.mixing import BANDS, _hats, grid
+from audiosep.mixing import BANDS, grid, hats
 from audiosep.prior import GaussianPrior, JointPrior
 from audiosep.samplers import Noise, build
 from audiosep.schedules import ve
@@ -125,7 +125,7 @@ def test_silence_stays_silent(tagger):
 
 def test_nodes_interpolate_linearly():
     at = torch.linspace(0, 1, 11)
-    torch.testing.assert_close(_hats(at, 6) @ torch.linspace(2.0, 4.0, 6), 2 + 2 * at)
+    torch.testing.assert_close(hats(at, 6) @ torch.linspace(2.0, 4.0, 6), 2 + 2 * at)
 
 
 def test_a_sampler_is_steered_in_every_step():

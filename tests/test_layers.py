@@ -29,6 +29,7 @@ LAYERS = {
     "prior": 2,
     "supervised": 2,
     "tagger": 2,
+    "refiner": 2,
     "baselines": 2,
     "blind": 2,
     "train": 2,

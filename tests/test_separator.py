@@ -8,10 +8,11 @@ import soundfile as sf
 import torch
 
 from audiosep import audio
-from audiosep.errors import AudioError, AudiosepError, UsageError
+from audiosep.errors import AudioError, AudiosepError, ModelError, UsageError
 from audiosep.lowrank import LAST, LowRank
 from audiosep.mixing import combine, project
 from audiosep.prior import Prior
+from audiosep.refiner import Refiner
 from audiosep.samplers import SAMPLERS, Noise
 from audiosep.schedules import ve
 from audiosep.separator import (
@@ -20,6 +21,7 @@ from audiosep.separator import (
     LEAST_NOISE,
     LOW_RANK,
     RANKS,
+    REFINE,
     REST_RANK,
     Job,
     Separator,
@@ -101,7 +103,13 @@ def ears(monkeypatch):
     pair = {name: Ears(["LOW", "High"]) for name in ("tagger", "classifier")}
     for name, listener in pair.items():
         listener.origin = {"folder": name, "sha256": name.upper()}
-    monkeypatch.setattr("audiosep.hub.load_model", lambda name, _: pair[name])
+
+    def load(name, _):
+        if name not in pair:
+            raise ModelError(f"no {name}")
+        return pair[name]
+
+    monkeypatch.setattr("audiosep.hub.load_model", load)
 
 
 def told(samples, names=("High", "Low"), channels=1):
@@ -312,6 +320,56 @@ def test_a_separator_guides_by_low_rank_where_a_sound_is():
         assert job_of(VOICE_AND_SOUND, names, guidance=0).sampler.steer is None
 
 
+class Partial(Refiner):
+    """Is sure that all is "Low"."""
+
+    def forward(self, bins, labels):
+        self.asked = labels
+        return 99.0 * (labels == 2)[..., None, None].expand(bins.shape)
+
+
+@pytest.fixture
+def partial(monkeypatch):
+    refiner = Partial(["Low", "High"], width=2, mels=8)
+    refiner.origin = {"sha256": "PARTIAL"}
+    monkeypatch.setattr(Separator, "_listener", lambda self, name: refiner if name == "refiner" else missing(name))
+    return refiner
+
+
+def missing(name):
+    raise ModelError(f"no {name}")
+
+
+def test_a_separator_refines_where_the_names_differ(partial):
+    wave = (tone(400) + tone(3500, 0.05)).numpy()[None]
+    whole, half, plain = (banded(steps=2, refine=share) for share in (1, None, 0))
+    assert (half.refine, plain.refine, plain.refiner) == (REFINE, 0, None)
+    moved, _, as_found = (separator(wave, 16000, ["High", "Low"]) for separator in (whole, half, plain))
+    assert partial.asked.tolist() == [[3, 2]]
+    left, before = (x.sources["high"].std() for x in (moved, as_found))
+    assert left < 0.2 * before  # where the two are not in phase, something is left
+    np.testing.assert_allclose(moved.sources["low"] + moved.sources["high"], wave, atol=1e-6)
+    assert [x.report["sampler"]["refine"] for x in (moved, as_found)] == [1, 0]
+    assert moved.report["refiner"] == {"name": "refiner", "sha256": "PARTIAL"}
+    assert "refiner" not in as_found.report
+    for names in (["Low", "Low"], ["sound", "sound"]):
+        alike = whole(wave, 16000, names).report
+        assert alike["sampler"]["refine"] == 0
+        assert "refiner" not in alike
+    silent = whole(0 * wave, 16000, ["High", "Low"])
+    assert not silent.sources["low"].any()
+
+
+def test_a_separator_without_a_refiner_says_so(monkeypatch, caplog):
+    monkeypatch.setattr("audiosep.separator.REFINER", "none-such")
+    assert banded(steps=2).refiner is None
+    assert "stems are left as the sampler found them" in caplog.text
+    other = Refiner(["Low", "High"], sample_rate=8000, width=2, mels=8)
+    monkeypatch.setattr(Separator, "_listener", lambda *_: other)
+    assert banded(steps=2).refiner is None
+    assert "the refiner hears at 8000 Hz" in caplog.text
+
+
 def test_where_the_sampler_ends():
     first, last = banded().settings["noise levels"]
     assert (first, last, banded().settings["steps"]) == (1.5, pytest.approx(LEAST_NOISE), 12)
@@ -324,10 +382,11 @@ def test_where_the_sampler_ends():
         banded(preset="paper", least_noise=0.1)
 
 
-@pytest.mark.parametrize("low_rank", [-0.1, 1.1])
-def test_the_share_of_low_rank_is_one(low_rank):
-    with pytest.raises(UsageError, match=r"low_rank lies in 0\.\.1, got"):
-        banded(low_rank=low_rank)
+@pytest.mark.parametrize("share", [-0.1, 1.1])
+@pytest.mark.parametrize("name", ["low_rank", "refine"])
+def test_shares_are_shares(name, share):
+    with pytest.raises(UsageError, match=rf"{name} lies in 0\.\.1, got"):
+        banded(**{name: share})
 
 
 @pytest.mark.parametrize("options", [{"preset": "published"}, {"sampler": "hybrid"}, {"mixing": [[1.0, 1.0]]}])
@@ -338,6 +397,9 @@ def test_guidance_is_refused_where_it_can_not_be(options):
         banded(guidance=0.2, **options)
     with pytest.raises(UsageError, match="low-rank guidance is for"):
         banded(low_rank=0.2, **options)
+    assert banded(**options).refiner is None
+    with pytest.raises(UsageError, match="refinement is for the default preset"):
+        banded(refine=0.2, **options)
 
 
 def test_guidance_is_not_negative():

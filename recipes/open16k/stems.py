@@ -1,0 +1,91 @@
+"""Stems to train a refiner on, and to choose its weights by: of mixtures whose sources are known.
+
+Of `train` they are estimates that the sampler had on its way, at any noise, in short runs with and without class
+guidance; of `valid` what the default separator answers in the end, without a refiner.
+
+    python recipes/open16k/stems.py --split train --seed 6000 --minutes 60 -o data/stems
+    python recipes/open16k/stems.py --split valid --seed 5 --count 40 -o data/stems-valid
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from audiosep import Separator
+from audiosep.data import MixtureDataset, read_manifest
+from audiosep.refiner import SUFFIX, write_stems
+from audiosep.samplers import Noise
+
+TASKS = ["1speech+1sound", "2sound", "1speech+1sound", "1speech+2sound", "3sound"]
+SHORT = ({"steps": 7}, {"steps": 8, "guidance": 0}, {"steps": 10})  # runs along which estimates are taken
+EACH = 4  # mixtures a file
+
+
+def along(separator: Separator, item: dict[str, Any], rng: np.random.Generator) -> Iterator[Tensor]:
+    """Two estimates (K, N) of one run at random noise, and its last, at the priors' level."""
+    sources = separator.resolve(item["names"])
+    mixture = item["mixture"][None].to(separator.device)
+    sampler: Any = separator.sampler_for(sources)
+    steer, seen = sampler.steer, []
+
+    def kept(x: Tensor, noise: float) -> Tensor:
+        seen.append(x.clone())
+        return x if steer is None else steer(x, noise)
+
+    sampler.steer = kept
+    for state in sampler(mixture * separator.gain(mixture, sources), Noise([int(rng.integers(2**60))])):
+        last = state.x
+    for k in rng.choice(np.arange(1, len(seen)), 2, replace=False):
+        yield seen[k][0].cpu()
+    yield last[0].cpu()
+
+
+@torch.no_grad()
+def main() -> None:
+    """Write file after file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--manifest", default="data/open16k.csv")
+    parser.add_argument("--split", choices=("train", "valid"), required=True)
+    parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--minutes", type=float, default=float("inf"))
+    parser.add_argument("--count", type=int, help="files in all")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    options = parser.parse_args()
+    options.output.mkdir(parents=True, exist_ok=True)
+    short = SHORT if options.split == "train" else ({"refine": 0},)
+    separators = [
+        Separator.from_pretrained("speech,sound", device=options.device, **{"refine": 0, **more}) for more in short
+    ]
+    items = read_manifest(options.manifest, split=options.split)
+    classes = separators[0].priors["sound"].classes
+    mixtures = [MixtureDataset(items, task, 10**6, options.seed + k, classes=classes) for k, task in enumerate(TASKS)]
+    rng, began = np.random.default_rng(options.seed), time.monotonic()
+    for n in itertools.count():
+        if n == options.count or time.monotonic() - began > 60 * options.minutes:
+            return
+        dataset, rows = mixtures[n % len(TASKS)], []
+        for k in range(EACH):
+            item = dataset[n // len(TASKS) * EACH + k]
+            separator = separators[rng.integers(len(separators))]
+            if options.split == "train":
+                level = separator.gain(item["mixture"][None], separator.resolve(item["names"]))
+                rows += [(x, level.cpu() * item["sources"], item["names"]) for x in along(separator, item, rng)]
+            else:
+                answer = separator(item["mixture"], separator.sample_rate, item["names"])
+                rows.append((torch.stack(list(answer.sources.values())), item["sources"], item["names"]))
+        write_stems(options.output / f"{dataset.task}.{n:05d}{SUFFIX}", rows)
+        print(n, dataset.task, f"{(time.monotonic() - began) / 60:.1f} min", flush=True)
+
+
+if __name__ == "__main__":
+    main()
