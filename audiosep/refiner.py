@@ -130,14 +130,14 @@ class Refiner(nn.Module):
         level = seen[:, :1, 2:].mean((-2, -1), keepdim=True).clamp(min=1e-14)
         there = (labels.flatten() >= 0).nonzero()[:, 0]
         index = labels.flatten()[there]
-        energy = self.bands @ (LEVEL * seen / level).flatten(0, 1)[there]
+        energy = self.bands @ (LEVEL * seen / level).flatten(0, 1)[there]  # type: ignore[operator]
         hidden = self.first(torch.log(energy + FLOOR) / 3)
         for name, block in zip(self.names, self.blocks):
             hidden = block(hidden + name(index)[:, :, None, None])
         nodes = self.out(hidden).to(power.dtype)[:, 0]
         # Each node lies on every fourth frame; the last few may have none behind them.
         place = torch.arange(frames, device=bins.device) / max(1, 4 * (nodes.shape[-1] - 1))
-        field = self.rows @ nodes @ hats(place.clamp(max=1), nodes.shape[-1]).T  # type: ignore[operator]
+        field = self.rows @ nodes @ hats(place.clamp(max=1), nodes.shape[-1]).T
         return torch.zeros_like(power).flatten(0, 1).index_copy(0, there, field).unflatten(0, (batch, count))
 
     def refine(self, stems: Sequence[Tensor], labels: Tensor, share: float) -> list[Tensor]:

@@ -61,7 +61,7 @@ LIKENESS = 2.5
 # of it or four times as much make no difference.
 LEAD = 3.0
 GUIDANCE = 0.55  # step of the class guidance, chosen on held-out mixtures
-REFINE = 0.5  # share of the refiner's fields, chosen on held-out mixtures
+REFINE = 0.75  # share of the refiner's fields, chosen on held-out mixtures
 LOW_RANK = 0.2  # share of the low-rank guidance, chosen there, too
 RANKS = {"speech": 8}  # of a kind's spectrograms; those of one sound are 1
 REST_RANK = 4  # of the one sound that has no class: it may be all the rest

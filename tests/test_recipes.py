@@ -20,6 +20,7 @@ from audiosep.baselines import fit_nmf
 from audiosep.cli import main
 from audiosep.data import Item, MixtureDataset, SourceDataset, read_manifest
 from audiosep.samplers import build as build_sampler
+from audiosep.refiner import Refiner
 from audiosep.tagger import Tagger
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
@@ -571,6 +572,20 @@ def test_the_taggers_recipes_build(name):
     recipe.build(fit._card, tables["card"], "card")
 
 
+def test_the_refiners_recipe_builds():
+    """The recipe makes what is shipped."""
+    tables = recipe.load(RECIPES / "open16k/refiner.toml")
+    recipe.check_tables(tables, fit.REFINER_TABLES)
+    recipe.build(train.Options, tables["train"], "train")
+    shipped = hub.load_model("refiner")
+    own = {key: value for key, value in tables["refiner"].items() if key not in ("of", "tasks", *fit.STEMS)}
+    refiner = recipe.build(Refiner, own, "refiner", classes=shipped.classes)
+    assert shipped.config == refiner.config
+    assert shipped.classes == hub.load_prior("sound").classes
+    assert set(tables["probe"]) <= set(inspect.signature(fit.RefinerProbe).parameters)
+    recipe.build(fit._card, tables["card"], "card")
+
+
 MEASURED = {path: recipe.load(path) for path in sorted(RECIPES.glob("*/*.toml")) if "evaluate" in recipe.load(path)}
 
 
@@ -654,6 +669,8 @@ def test_scores_of_other_classifiers_or_constants_are_refused():
         {"low rank": found["low rank"] | {"updates": 1}},
         {"guidance": found["guidance"] | {"step": 0.2}},
         {"options": found["options"] | {"noise levels": [1.5, 0.002]}},
+        {"refiner": found["refiner"] | {"share": 0.1}},
+        {"refiner": None},
     )
     alone = {"tagger": found["classifiers"]["tagger"]}  # two sounds are told apart by both
     for other in (*others, *({"classifiers": listeners} for listeners in ({"tagger": "0"}, {}, alone))):

@@ -1,7 +1,7 @@
 """Write a shipped checkpoint's model card: its training, its scores, its cost, its sources.
 
-Numbers come from files only: training, and what tagger and classifier heard, from the checkpoint itself, a prior's
-scores from `summary.json` of `audiosep evaluate recipes/open16k/shipped.toml`, its cost from
+Numbers come from files only: training, and what tagger, classifier and refiner were probed with, from the checkpoint
+itself, a prior's scores from `summary.json` of `audiosep evaluate recipes/open16k/shipped.toml`, its cost from
 `recipes/benchmark/results.jsonl`. The weights stay as they are.
 Run: python recipes/open16k/card.py
 """
@@ -17,6 +17,7 @@ from audiosep import hub, recipe
 
 HERE = Path(__file__).parent
 BENCHMARK = HERE.parent / "benchmark/results.jsonl"
+SHIPPED = ("speech", "sound", "tagger", "classifier", "refiner")
 LICENCE = "MIT for the weights; the recordings they were trained on keep their own licences, see Attribution"
 DESCRIPTION = "Trained on isolated recordings only, for source separation by posterior sampling. "
 
@@ -88,8 +89,8 @@ def prior_card(folder: Path, summaries: list[dict[str, Any]], measured: list[dic
     }
 
 
-def tagger_card(folder: Path) -> dict[str, Any]:
-    """The card of tagger or classifier: as its recipe and its run have it, with all sources."""
+def listener_card(folder: Path) -> dict[str, Any]:
+    """The card of tagger, classifier or refiner: as its recipe and its run have it, with all sources."""
     config = hub.read_config(folder)
     facts = {key: config[key] for key in ("data", "training", "metrics")}
     words = recipe.load(HERE / f"{folder.name}.toml")["card"]
@@ -99,9 +100,9 @@ def tagger_card(folder: Path) -> dict[str, Any]:
 def main() -> None:
     """Rewrite checkpoints with their cards."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    shipped = [HERE.parents[1] / "checkpoints" / name for name in ("speech", "sound", "tagger", "classifier")]
+    shipped = [HERE.parents[1] / "checkpoints" / name for name in SHIPPED]
     results = sorted(HERE.glob("results/*/summary.json"))
-    parser.add_argument("checkpoints", type=Path, nargs="*", default=shipped, help="default: the four shipped")
+    parser.add_argument("checkpoints", type=Path, nargs="*", default=shipped, help="default: those shipped")
     parser.add_argument("--scores", type=Path, nargs="+", default=results, help="default: results/*/summary.json")
     arguments = parser.parse_args()
     files = [json.loads(path.read_text(encoding="utf-8")) for path in arguments.scores]
@@ -111,7 +112,7 @@ def main() -> None:
         if hub.is_prior(folder):
             print(hub.save_prior(hub.load_prior(folder), folder, prior_card(folder, summaries, measured)))
         else:
-            print(hub.save_model(hub.load_model(folder), folder, tagger_card(folder)))
+            print(hub.save_model(hub.load_model(folder), folder, listener_card(folder)))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What the shipped default has over earlier ones (results/earlier/*) and over the shipped rivals
 (../unasdiff/results/rivals), on the mixtures that both separated.
 
+- unrefined: as in all that follow, nothing corrected the stems in the end.
 - unnamed: sounds that were asked for without their class had no low-rank guidance; compared with results/unnamed.
 - labels: the sound prior was told the classes, as in all that follow.
 - deterministic: the sampler that renewed no noise; sounds as they came out; the sound prior after 6,630 steps.

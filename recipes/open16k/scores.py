@@ -11,6 +11,7 @@ What stands between `<!-- NAME -->` and `<!-- /NAME -->` is replaced by the tabl
 - published: the default beside the paper's sampler.
 - posterior and cost: a known posterior, and what the command takes (`../benchmark`).
 - loading, in README.md here: windows a second (`../benchmark/loading.jsonl`).
+- refined, there, too: what moving regions of held-out stems wins (`results/refined.jsonl`, by `refined.py`).
 - told, there, too: how well the listeners tell held-out stems apart (`results/told*.jsonl`, by `told.py`).
 - methods, samplers and standing, in ../unasdiff/README.md: Table 2 with the shipped priors
   (`../unasdiff/results/table2`) and what is shipped beside them (`../unasdiff/results/rivals`); precision: the
@@ -38,7 +39,17 @@ from audiosep import hub, recipe, results
 from audiosep.data import parse_task
 from audiosep.evaluate import guidance_facts, low_rank_facts
 from audiosep.metrics import paired_interval
-from audiosep.separator import CLASSIFIER, GUIDANCE, LEAD, LEAST_NOISE, LIKENESS, LOW_RANK, TAGGER
+from audiosep.separator import (
+    CLASSIFIER,
+    GUIDANCE,
+    LEAD,
+    LEAST_NOISE,
+    LIKENESS,
+    LOW_RANK,
+    REFINE,
+    REFINER,
+    TAGGER,
+)
 
 HERE = Path(__file__).parent
 README = HERE.parents[1] / "README.md"
@@ -54,6 +65,7 @@ RIVALS = {
     "outside the corpus: ": HERE.parent / "outside/results/summary.json",
 }
 EARLIER = {
+    "unrefined": "no refinement",
     "unnamed": "no low-rank guidance where no class is named, in the best order",
     "labels": "the sound prior told the classes",
     "even-leaks": "a classifier that was trained without faulty masks",
@@ -89,18 +101,20 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 @functools.cache
 def listeners() -> dict[str, str]:
-    """Hashes of today's tagger and classifier."""
-    return {name: hub.load_model(name).origin["sha256"] for name in (TAGGER, CLASSIFIER)}
+    """Hashes of today's tagger, classifier and refiner."""
+    return {name: hub.load_model(name).origin["sha256"] for name in (TAGGER, CLASSIFIER, REFINER)}
 
 
 def current(found: dict[str, Any]) -> dict[str, Any]:
     """The summary, if it is of the classifiers and constants of today; SystemExit otherwise."""
-    _, sounds = parse_task(found["task"])
+    voices, sounds = parse_task(found["task"])
+    asked = {TAGGER} if sounds == 1 else {TAGGER, CLASSIFIER}
     today = {
-        "classifiers": {name: digest for name, digest in listeners().items() if sounds > 1 or name == TAGGER},
+        "classifiers": {name: listeners()[name] for name in sorted(asked)},
         "exchange": {"likeness": LIKENESS, "lead": LEAD},
         "guidance": guidance_facts(GUIDANCE),
         "low rank": low_rank_facts(LOW_RANK, sounds, found["labels"]),
+        "refiner": {"refiner": listeners()[REFINER], "share": REFINE} if voices < 2 else None,
     }
     if sounds > 1 and not found["labels"]:  # listeners can't tell them apart
         today = {"low rank": today["low rank"]}
@@ -325,6 +339,14 @@ def told() -> str:
     return table(["", *(TASKS[task] for task in tasks)], rows)
 
 
+def refined() -> str:
+    """The table `refined`: SI-SDR of held-out stems in dB, by how far they are moved."""
+    rows = {row.pop("task"): row for row in read(HERE / "results/refined.jsonl")}
+    counts = {task: row.pop("mixtures") for task, row in rows.items()}
+    head = ["held-out stems", *(f"{TASKS[task]}, {count}" for task, count in counts.items())]
+    return table(head, [[name, *(number(row[name]) for row in rows.values())] for name in next(iter(rows.values()))])
+
+
 def loading() -> str:
     """The table `loading`: how fast windows are made."""
     head = ["windows of 4 s a second", "decoded each time", "from the cache", "the cache, GB", "made in, s of a core"]
@@ -375,7 +397,7 @@ TABLES = {
         "cost": cost,
         "example": example,
     },
-    HERE / "README.md": {"loading": loading, "told": told},
+    HERE / "README.md": {"loading": loading, "refined": refined, "told": told},
     HERE.parent / "unasdiff/README.md": {
         "methods": methods,
         "samplers": samplers,
