@@ -198,6 +198,8 @@ def load(names: str | Sequence[str] = "speech,sound", device: str | torch.device
         if not (value is None or off or (isinstance(value, str) and value == "default")):
             raise UsageError(f"{alone[0]} separates in one pass: it has no {name}")
     model = WITHOUT_WEIGHTS[alone[0]]() if alone[0] in WITHOUT_WEIGHTS else hub.load_model(alone[0])
-    if isinstance(model, Tagger | Refiner):
+    if isinstance(model, Tagger):
         raise UsageError(f"{alone[0]} says what a recording or a stem holds: it can't separate")
+    if isinstance(model, Refiner):
+        raise UsageError(f"{alone[0]} corrects the stems of a mixture: it can't separate")
     return Direct(model, Path(alone[0]).name, device=choose_device(device), **options)

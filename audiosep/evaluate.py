@@ -384,10 +384,10 @@ def _trials(plan: Plan, tables: Mapping[str, Any], given: Mapping[str, Separates
             if share and dataset.n_sound:
                 header["low rank"] = low_rank_facts(share, dataset.n_sound, labels)
             # Two voices, and several sounds without a class, have one name, and stay as they are.
-            apart = dataset.n_speech < 2 and 0 < dataset.n_sound < (dataset.n_sound + 1 if labels else 2)
-            refiner = getattr(separator, "refiner", None) if apart else None
+            apart = dataset.n_speech < 2 and (dataset.n_sound == 1 or (labels and dataset.n_sound > 0))
+            refiner: Any = getattr(separator, "refiner", None) if apart else None
             if refiner is not None:
-                header["refiner"] = {**_hashes({"refiner": refiner}), "share": separator.refine}  # type: ignore[attr-defined]
+                header["refiner"] = {**_hashes({"refiner": refiner}), "share": getattr(separator, "refine", 0.0)}
             stems = out / "stems" if out is not None and plan.stems else None
             seed = mix_seed(plan.seed, own_seed)
             trials.append(Trial(name, separator, dataset, labels, plan.metrics, header, seed, stems))

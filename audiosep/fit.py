@@ -662,7 +662,9 @@ class RefinerProbe:
         self.share = share
         self.files = [] if folder is None else sorted(Path(folder).glob(f"*{SUFFIX}"))
         if folder is not None and not self.files:
-            raise UsageError(f"folder: no stems in {folder}; recipes/open16k/stems.py writes some")
+            raise UsageError(f"probe.folder: no stems in {folder}; recipes/open16k/stems.py writes some")
+        if not 0 <= share <= 1:
+            raise UsageError(f"share lies in 0..1, got {share}")
 
     @torch.no_grad()
     def __call__(self, average: torch.nn.Module, step: int, board: Any) -> dict[str, float]:
@@ -670,7 +672,8 @@ class RefinerProbe:
         device = next(average.parameters()).device
         found: dict[str, list[float]] = {}
         for path in self.files:
-            for stems, sources, names in read_stems(path):
+            rows = read_stems(path, average)
+            for stems, sources, names in (rows[k] for k in range(len(rows))):
                 before, labels = stems[None].to(device), average.numbers(names)[None].to(device)
                 (after,) = average.refine([before], labels, self.share)
                 scores = [si_sdr(x[0].cpu(), sources).mean().item() for x in (before, after)]

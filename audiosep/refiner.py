@@ -21,7 +21,7 @@ B items, K sources, N samples, F bins, M frames.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,17 +33,18 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from audiosep.data import MixtureDataset, equalised
+from audiosep.data import KINDS, MixtureDataset, equalised
 from audiosep.errors import UsageError, at_least
 from audiosep.mixing import change_of_shares, grid, hats, log_power
 from audiosep.stft import istft, stft
 
-__all__ = ["Refiner", "Stems", "faulty", "read_stems", "write_stems"]
+__all__ = ["Refiner", "Stems", "faulty", "read_stems", "resized", "write_stems"]
 
-KINDS = ("speech", "sound")  # labels of sources without a class
 DILATIONS = (1, 2, 4, 1, 2)  # in time, of the blocks
 LEVEL = 384.0  # mean power of a bin at unit RMS: the sum of the squared window
 FLOOR = 0.05  # added to the energies of a mixture at unit RMS before the logarithm
+MOST_SOURCES = 3  # that it has heard together
+SMOOTH = 3  # bins and frames around each over which the power of stems is averaged
 MOST = 1e3  # largest ratio of signal to noise in the loss, 30 dB
 SUFFIX = ".safetensors"  # of files of stems
 SEEN = (3, 5, 9, 15)  # bins and frames over which a faulty mask saw power
@@ -55,11 +56,11 @@ class Refiner(nn.Module):
     Args:
         classes: names of the classes of sound that it knows, beside "speech" and "sound", which is any.
         sample_rate: in Hz.
-        width: channels.
-        mels: bands of the spectrogram, twice as many as the field's.
+        width: channels, an even number.
+        mels: bands of the spectrogram, an even number, twice as many as the field's.
 
     Raises:
-        UsageError: a number is below 1, or `mels` odd.
+        UsageError: a number is below 1, or an odd one where it has to be even.
     """
 
     n_fft, hop_length = 1024, 256
@@ -70,7 +71,6 @@ class Refiner(nn.Module):
         if mels % 2 or width % 2:
             raise UsageError(f"width and mels are even numbers, got {width} and {mels}")
         self.classes, self.sample_rate, self.width, self.mels = tuple(classes), sample_rate, width, mels
-        self.evaluations = 1
         self.origin: dict[str, Any] = {}  # folder and hash, where it was loaded
         bands = librosa.filters.mel(sr=sample_rate, n_fft=self.n_fft, n_mels=mels)
         self.register_buffer("bands", torch.from_numpy(bands), persistent=False)
@@ -108,10 +108,13 @@ class Refiner(nn.Module):
         }
 
     def knows(self, names: Sequence[str]) -> bool:
-        """Whether it can tell these apart: two at least, all different, all known, whatever their case."""
+        """Whether it has learned to tell such sources apart: two or three, all different and known, whatever their
+        case, and a sound without a class only where it is the one sound.
+        """
         lowered = [name.casefold() for name in names]
         known = {label.casefold() for label in self.labels}
-        return 1 < len(lowered) == len({*lowered}) and {*lowered} <= known
+        alone = "sound" not in lowered or {*lowered} == {*KINDS}
+        return 1 < len(lowered) <= MOST_SOURCES and len(lowered) == len({*lowered}) and {*lowered} <= known and alone
 
     def numbers(self, names: Sequence[str]) -> Tensor:
         """Numbers of labels (K,), -1 of a name that is none."""
@@ -124,37 +127,43 @@ class Refiner(nn.Module):
         What is no source has the number -1.
         """
         batch, count, _, frames = bins.shape
-        power, total = bins.abs().square(), bins.sum(1, keepdim=True)
-        others = (total - bins).abs().square()
-        seen = torch.stack((power, others, total.abs().square().expand_as(power)), 2)
-        level = seen[:, :1, 2:].mean((-2, -1), keepdim=True).clamp(min=1e-14)
         there = (labels.flatten() >= 0).nonzero()[:, 0]
         index = labels.flatten()[there]
-        energy = self.bands @ (LEVEL * seen / level).flatten(0, 1)[there]  # type: ignore[operator]
-        hidden = self.first(torch.log(energy + FLOOR) / 3)
+        hidden = self.first(self._heard(bins)[there])
         for name, block in zip(self.names, self.blocks):
             hidden = block(hidden + name(index)[:, :, None, None])
-        nodes = self.out(hidden).to(power.dtype)[:, 0]
+        nodes = self.out(hidden)[:, 0].float()
         # Each node lies on every fourth frame; the last few may have none behind them.
         place = torch.arange(frames, device=bins.device) / max(1, 4 * (nodes.shape[-1] - 1))
-        field = self.rows @ nodes @ hats(place.clamp(max=1), nodes.shape[-1]).T
-        return torch.zeros_like(power).flatten(0, 1).index_copy(0, there, field).unflatten(0, (batch, count))
+        with torch.autocast(bins.device.type, enabled=False):
+            field = self.rows @ nodes @ hats(place.clamp(max=1), nodes.shape[-1]).T
+        return field.new_zeros(batch * count, *field.shape[1:]).index_copy(0, there, field).unflatten(0, (batch, count))
+
+    def _heard(self, bins: Tensor) -> Tensor:
+        """Log-mel energies (B K, 3, bands, M) of each stem, of the others together and of their sum, at unit RMS."""
+        with torch.autocast(bins.device.type, enabled=False):  # a tone's energy is out of fp16's range
+            power, total = bins.abs().square(), bins.sum(1, keepdim=True)
+            others = (total - bins).abs().square()
+            seen = torch.stack((power, others, total.abs().square().expand_as(power)), 2)
+            level = seen[:, :1, 2:].mean((-2, -1), keepdim=True).clamp(min=1e-14)
+            energy = self.bands @ (LEVEL * seen / level).flatten(0, 1)  # type: ignore[operator]
+            return torch.log(energy + FLOOR) / 3
 
     def refine(self, stems: Sequence[Tensor], labels: Tensor, share: float) -> list[Tensor]:
-        """Several runs' stems (B, K, N) moved by a share of the field of their mean."""
+        """Several runs' stems (B, K, N), float32, moved by a share of the field of their mean; labels (B, K)."""
         with torch.autocast(labels.device.type, enabled=False):
             bins = [stft(x, self.n_fft, self.hop_length) for x in stems]
             field = share * self(torch.stack(bins).mean(0), labels)
-            moves = [change_of_shares(log_power(b, 3), field) * b.sum(1, keepdim=True) for b in bins]
+            moves = [change_of_shares(log_power(b, SMOOTH), field) * b.sum(1, keepdim=True) for b in bins]
             return [x + istft(move, self.n_fft, self.hop_length, x.shape[-1]) for x, move in zip(stems, moves)]
 
     def loss(self, batch: dict[str, Any]) -> Tensor:
         """Negative SNR in dB (B,), mean over sources, of "stems" against "sources" (B, K, N) with "labels" (B, K)."""
         bins, truth = (stft(batch[key], self.n_fft, self.hop_length) for key in ("stems", "sources"))
         field = self(bins, batch["labels"])
-        moved = bins + change_of_shares(log_power(bins, 3), field) * bins.sum(1, keepdim=True)
+        moved = bins + change_of_shares(log_power(bins, SMOOTH), field) * bins.sum(1, keepdim=True)
         power, error = (x.abs().square().sum((-1, -2)) for x in (truth, moved - truth))
-        there = (batch["labels"] >= 0).to(power.dtype)
+        there = (batch["labels"] >= 0).to(power.dtype)  # what has no label is no source
         snr = 10 * torch.log10((power + 1e-9) / (error + power / MOST + 1e-9))
         return -(there * snr).sum(-1) / there.sum(-1)
 
@@ -224,6 +233,11 @@ class Stems(Dataset[dict[str, Tensor]]):
         self.files = {task: [] if folder is None else sorted(Path(folder).glob(f"{task}.*{SUFFIX}")) for task in tasks}
         if folder is not None and not any(self.files.values()):
             raise UsageError(f"{folder}: no stems of {', '.join(tasks)}; recipes/open16k/stems.py writes some")
+        length = round(self.segment * refiner.sample_rate)
+        for path in (files[0] for files in self.files.values() if files):
+            stems, _, _ = read_stems(path, refiner)[0]
+            if stems.shape[-1] != length:
+                raise UsageError(f"{path}: stems of {stems.shape[-1]} samples, the recipe's segments have {length}")
 
     def __len__(self) -> int:
         return sum(len(dataset) for dataset in self.datasets)
@@ -245,7 +259,7 @@ class Stems(Dataset[dict[str, Tensor]]):
         rng = np.random.default_rng([dataset.seed, index, 2])  # another stream than the mixtures' own
         files = self.files[dataset.task]
         if files and rng.random() < self.separated:
-            rows = read_stems(files[int(rng.random() * len(files))])
+            rows = read_stems(files[int(rng.random() * len(files))], self.refiner)
             stems, sources, names = rows[int(rng.random() * len(rows))]
             both = resized(torch.cat((stems, sources)), 1 + self.speed * (2 * rng.random() - 1))
             # Sounds begin anywhere.
@@ -299,21 +313,27 @@ def faulty(sources: Tensor, sample_rate: int, rng: np.random.Generator) -> Tenso
     return istft(mask * spectra.sum(0), n_fft, hop_length, sources.shape[-1])
 
 
-def write_stems(path: Path, rows: Sequence[tuple[Tensor, Tensor, Sequence[str]]]) -> None:
+def write_stems(path: Path, rows: Sequence[tuple[Tensor, Tensor, Sequence[str]]], sample_rate: int) -> None:
     """Write stems and sources (K, N) of several mixtures of one shape, and the sources' names, as a file."""
     stems, sources = (torch.stack([row[k] for row in rows]).half().contiguous() for k in (0, 1))  # type: ignore[misc]
     partial = path.with_suffix(".partial")
-    names = json.dumps([list(row[2]) for row in rows])
-    save_file({"stems": stems, "sources": sources}, partial, {"names": names})
+    facts = {"names": json.dumps([list(row[2]) for row in rows]), "sample_rate": str(sample_rate)}
+    save_file({"stems": stems, "sources": sources}, partial, facts)
     partial.replace(path)
 
 
-def read_stems(path: Path) -> StemFile:
-    """What `write_stems` wrote; UsageError where it isn't that."""
+def read_stems(path: Path, refiner: Refiner) -> StemFile:
+    """What `write_stems` wrote; UsageError where it isn't that, or not for this refiner."""
     try:
-        return StemFile(path)
+        found = StemFile(path)
     except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
         raise UsageError(f"{path}: not a file of stems: {error}") from error
+    if found.sample_rate != refiner.sample_rate:
+        raise UsageError(f"{path}: stems at {found.sample_rate} Hz, the refiner hears at {refiner.sample_rate} Hz")
+    unknown = {name for names in found.names for name, k in zip(names, refiner.numbers(names).tolist()) if k < 0}
+    if unknown:
+        raise UsageError(f"{path}: stems of {', '.join(sorted(unknown))}, which the refiner has no label for")
+    return found
 
 
 class StemFile:
@@ -321,14 +341,12 @@ class StemFile:
 
     def __init__(self, path: Path) -> None:
         self.file = safe_open(path, "pt")
-        self.names = json.loads(self.file.metadata()["names"])
+        facts = self.file.metadata()
+        self.names, self.sample_rate = json.loads(facts["names"]), int(facts["sample_rate"])
         self.stems, self.sources = (self.file.get_slice(key) for key in ("stems", "sources"))
 
     def __len__(self) -> int:
         return len(self.names)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
-        return (self[k] for k in range(len(self)))
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, list[str]]:
         if not 0 <= index < len(self):

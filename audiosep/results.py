@@ -308,7 +308,10 @@ def write(
     facts: dict[str, Any] = {f"{s['separator']}, {s['task']}": s["options"] for s in summaries}
     weights: dict[str, dict[str, str]] = {}
     for s in summaries:
-        weights[s["separator"]] = weights.get(s["separator"], {}) | s["weights"] | s.get("classifiers", {})
+        beside = s.get("classifiers", {}) | {
+            name: digest for name, digest in s.get("refiner", {}).items() if name != "share"
+        }
+        weights[s["separator"]] = weights.get(s["separator"], {}) | s["weights"] | beside
     facts["weights"] = {name: found for name, found in weights.items() if found}
     facts["left out"] = notes(summaries, published)
     if not tracks:

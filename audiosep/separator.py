@@ -154,8 +154,8 @@ class Separator:
             sampler has it, where there are sounds, and one voice at most; one sound without a class, which may be all
             the rest, has a higher rank and no last step.
         refine: how far a network that has heard all of a mixture's stems moves them in the end, 0..1, 0 for not at all
-            (see `audiosep.refiner`). None is the preset's own. Only the default preset's own sampler has it, for
-            sources of different names that the network knows, one without a class at most.
+            (see `audiosep.refiner`). None is the preset's own. Only the default preset's own sampler has it, for two
+            or three sources of different names that the network knows.
         least_noise: level of the sampler's last step, relative to full scale. At 0.063, which is the default preset's
             for its own sampler without a mixing, a sample is the mean of what the sources could still become: nearer to
             the truth on average, and found in half the time. At 0.002, the other samplers', it is a sample, with all
@@ -600,17 +600,20 @@ class Separator:
         return [group for group in groups if len(set(self.classes_of([sources[k] for k in group]))) > 1]
 
     def classifier_of(self, sources: Sequence[Source]) -> Ensemble | None:
-        """Tagger and classifier, where both know these classes; a prior without any may be of a sound of its own."""
-        priors = [self.priors[source.prior] for source in sources]
-        if not all(prior.classes or prior.kind == "speech" for prior in priors):
-            return None
-        classifier = self.classifier
+        """Tagger and classifier, where both know these classes."""
+        classifier = None if self._of_its_own(sources) else self.classifier
         return classifier if classifier is not None and classifier.knows(self.classes_of(sources)) else None
 
     def refiner_of(self, sources: Sequence[Source]) -> Refiner | None:
         """The refiner, where it can tell these sources apart."""
-        refiner = self.refiner
+        alike = len({name.casefold() for name in self.classes_of(sources)}) < len(sources)
+        refiner = None if alike or self._of_its_own(sources) else self.refiner
         return refiner if refiner is not None and refiner.knows(self.classes_of(sources)) else None
+
+    def _of_its_own(self, sources: Sequence[Source]) -> bool:
+        """Whether one of the priors may be of a sound of its own: it has no classes, and isn't of speech."""
+        priors = [self.priors[source.prior] for source in sources]
+        return not all(prior.classes or prior.kind == "speech" for prior in priors)
 
     def classes_of(self, sources: Sequence[Source]) -> list[str]:
         """Class names of sources, the null class's is the prior's kind."""

@@ -207,7 +207,7 @@ def beeps_and_hums(tiny_prior):
     Path("stems").mkdir()
     generator = torch.Generator().manual_seed(0)
     stems, sources = (0.1 * torch.randn(2, 8000, generator=generator) for _ in "ab")
-    write_stems(Path("stems/2sound.00000.safetensors"), [(stems, sources, ["Hum", "Beep"])])
+    write_stems(Path("stems/2sound.00000.safetensors"), [(stems, sources, ["Hum", "Beep"])], 16000)
     return ["train", "recipe.toml", "-d", "cpu", "-q", "--set", "refiner.folder=stems"]
 
 
@@ -240,7 +240,8 @@ def test_a_refiner_is_trained_and_probed(beeps_and_hums, capsys):
         ("refiner.width=3", "[refiner]: width and mels are even numbers"),
         ("refiner.tasks=[]", "refiner.tasks is a list of what the mixtures hold"),
         ("refiner.flavour=1", "refiner.flavour: no such setting"),
-        ("probe.folder=none", "folder: no stems in none"),
+        ("probe.share=2", "[probe]: share lies in 0..1, got 2"),
+        ("probe.folder=none", "probe.folder: no stems in none"),
     ],
 )
 def test_a_refiners_settings_are_checked(beeps_and_hums, capsys, setting, said):

@@ -19,8 +19,8 @@ from audiosep import evaluate, fit, hub, recipe, separator, train
 from audiosep.baselines import fit_nmf
 from audiosep.cli import main
 from audiosep.data import Item, MixtureDataset, SourceDataset, read_manifest
-from audiosep.samplers import build as build_sampler
 from audiosep.refiner import Refiner
+from audiosep.samplers import build as build_sampler
 from audiosep.tagger import Tagger
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"

@@ -69,6 +69,20 @@ def test_a_field_does_not_depend_on_the_level():
     torch.testing.assert_close(quiet, loud, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_it_is_trained_in_half_precision(dtype):
+    """A tone's energy is far out of float16's range."""
+    refiner = small()
+    stems = torch.stack((tone(1000), 1e-3 * torch.randn(RATE)))[None]
+    batch = {"stems": stems, "sources": stems, "labels": torch.tensor([[0, 2]])}
+    whole = refiner.eval().loss(batch)
+    with torch.autocast("cpu", dtype):
+        half = refiner.loss(batch)
+        bins = stft(stems, 1024, 256)
+        assert refiner(bins, batch["labels"]).dtype == torch.float32
+    torch.testing.assert_close(half, whole, atol=0.1, rtol=0)
+
+
 def test_what_is_no_source_is_left_out():
     refiner = small().eval()
     torch.nn.init.normal_(refiner.out.weight)
@@ -92,8 +106,10 @@ def test_the_loss_is_the_snr():
 def test_it_knows_sources_of_different_names_only():
     refiner = small()
     assert refiner.labels == ("speech", "sound", "Low", "High")
-    assert refiner.knows(["SPEECH", "low", "sound"])
-    for names in (["speech", "speech"], ["Low", "low"], ["speech"], ["speech", "Bell"]):
+    assert refiner.knows(["SPEECH", "low", "High"])
+    assert refiner.knows(["speech", "sound"])
+    alike = (["speech", "speech"], ["Low", "low"], ["speech"])
+    for names in (*alike, ["speech", "Bell"], ["Low", "sound"], ["speech", "Low", "sound"]):
         assert not refiner.knows(names)
     assert refiner.numbers(["high", "speech", "Bell"]).tolist() == [3, 0, -1]
 
@@ -170,10 +186,10 @@ def row(seed, count=2, length=400):
 def test_stems_on_the_disk(tmp_path):
     path = tmp_path / "1speech+1sound.00000.safetensors"
     rows = [row(0), row(1)]
-    write_stems(path, rows)
-    found = read_stems(path)
+    write_stems(path, rows, RATE)
+    found = read_stems(path, small())
     assert len(found) == 2
-    for (stems, sources, names), (a, b, called) in zip(rows, found):
+    for (stems, sources, names), (a, b, called) in zip(rows, (found[0], found[1])):
         torch.testing.assert_close(a, stems, atol=2e-3, rtol=0)
         torch.testing.assert_close(b, sources, atol=2e-3, rtol=0)
         assert called == names
@@ -182,7 +198,11 @@ def test_stems_on_the_disk(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
     (tmp_path / "bad.safetensors").write_bytes(b"hello")
     with pytest.raises(UsageError, match=r"bad\.safetensors: not a file of stems"):
-        read_stems(tmp_path / "bad.safetensors")
+        read_stems(tmp_path / "bad.safetensors", small())
+    with pytest.raises(UsageError, match="stems at 16000 Hz, the refiner hears at 8000 Hz"):
+        read_stems(path, small(sample_rate=8000))
+    with pytest.raises(UsageError, match="stems of Low, which the refiner has no label for"):
+        read_stems(path, Refiner(["High"], width=8, mels=16))
 
 
 @pytest.fixture
@@ -199,7 +219,7 @@ def mixtures(tmp_path):
 def test_items_are_stems_of_all_sources(mixtures, tmp_path):
     refiner, folder = small(), tmp_path / "stems"
     folder.mkdir()
-    write_stems(folder / "1speech+1sound.00000.safetensors", [row(5, length=8000)])
+    write_stems(folder / "1speech+1sound.00000.safetensors", [row(5, length=8000)], RATE)
     plain = {"equaliser": 0.0, "speed": 0.0, "unnamed": 0.0}
     data = Stems(list(mixtures.values()), refiner, folder, separated=1.0, **plain)
     assert (len(data), data.count, data.segment) == (40, 3, 0.5)
@@ -233,6 +253,7 @@ def test_what_varies_varies_stems_and_sources_alike(mixtures):
 
 def test_stems_are_refused_in_words(mixtures, tmp_path):
     tasks = list(mixtures.values())
+    write_stems(tmp_path / "1speech+1sound.00000.safetensors", [row(0)], RATE)
     with pytest.raises(UsageError, match="no tasks"):
         Stems([], small())
     for options, words in (
@@ -241,6 +262,7 @@ def test_stems_are_refused_in_words(mixtures, tmp_path):
         ({"equaliser": -1}, "equaliser is dB"),
         ({"speed": 1.0}, "speed a share"),
         ({"folder": tmp_path / "none"}, "no stems of 1speech"),
+        ({"folder": tmp_path}, "stems of 400 samples, the recipe's segments have 8000"),
     ):
         with pytest.raises(UsageError, match=words):
             Stems(tasks, small(), **options)

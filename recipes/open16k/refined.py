@@ -20,7 +20,7 @@ from torch import Tensor
 from audiosep import hub
 from audiosep.metrics import si_sdr
 from audiosep.mixing import change_of_shares, grid, log_power
-from audiosep.refiner import SUFFIX, Refiner, read_stems
+from audiosep.refiner import SMOOTH, SUFFIX, Refiner, read_stems
 from audiosep.stft import istft, stft
 
 SHARES = (0.25, 0.5, 0.75, 1.0)
@@ -31,7 +31,7 @@ def oracle(stems: Tensor, sources: Tensor, sample_rate: int) -> float:
     """SI-SDR of stems (K, N) moved by the best field between few nodes."""
     n_fft, hop_length = Refiner.n_fft, Refiner.hop_length
     bins = stft(stems, n_fft, hop_length)
-    log = log_power(bins, 3)
+    log = log_power(bins, SMOOTH)
     rows, columns = grid(sample_rate, log.shape[-2], log.shape[-1], stems.shape[-1])
     field = torch.zeros(len(stems), rows.shape[1], columns.shape[1], requires_grad=True)
     adam, best = torch.optim.Adam([field], 0.3), -torch.inf
@@ -65,7 +65,8 @@ def main() -> None:
     refiner = hub.load_model(options.refiner)
     found: dict[str, list[dict[str, float]]] = {}
     for path in sorted(options.stems.glob(f"*{SUFFIX}")):
-        own = [scores(refiner, *row) for row in read_stems(path)]
+        rows = read_stems(path, refiner)
+        own = [scores(refiner, *rows[k]) for k in range(len(rows))]
         found.setdefault(path.name.partition(".")[0], []).extend(own)
     lines = []
     for task, own in found.items():

@@ -4,7 +4,7 @@ Of `train` they are estimates that the sampler had on its way, at any noise, in 
 guidance; of `valid` what the default separator answers in the end, without a refiner.
 
     python recipes/open16k/stems.py --split train --seed 6000 --minutes 60 -o data/stems
-    python recipes/open16k/stems.py --split valid --seed 5 --count 40 -o data/stems-valid
+    python recipes/open16k/stems.py --split valid --seed 5 --count 10 -o data/stems-valid
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from torch import Tensor
 
 from audiosep import Separator
 from audiosep.data import MixtureDataset, read_manifest
+from audiosep.fit import REFINED_TASKS
 from audiosep.refiner import SUFFIX, write_stems
 from audiosep.samplers import Noise
 
-TASKS = ["1speech+1sound", "2sound", "1speech+1sound", "1speech+2sound", "3sound"]
 SHORT = ({"steps": 7}, {"steps": 8, "guidance": 0}, {"steps": 10})  # runs along which estimates are taken
 EACH = 4  # mixtures a file
 
@@ -56,26 +56,29 @@ def main() -> None:
     parser.add_argument("--manifest", default="data/open16k.csv")
     parser.add_argument("--split", choices=("train", "valid"), required=True)
     parser.add_argument("--seed", type=int, required=True)
-    parser.add_argument("--minutes", type=float, default=float("inf"))
+    parser.add_argument("--minutes", type=float)
     parser.add_argument("--count", type=int, help="files in all")
     parser.add_argument("--device", default="auto")
     parser.add_argument("-o", "--output", type=Path, required=True)
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
+    if options.minutes is None and options.count is None:
+        parser.error("say --minutes or --count")
     short = SHORT if options.split == "train" else ({"refine": 0},)
     separators = [
         Separator.from_pretrained("speech,sound", device=options.device, **{"refine": 0, **more}) for more in short
     ]
     items = read_manifest(options.manifest, split=options.split)
     classes = separators[0].priors["sound"].classes
-    mixtures = [MixtureDataset(items, task, 10**6, options.seed + k, classes=classes) for k, task in enumerate(TASKS)]
+    tasks = list(enumerate(REFINED_TASKS))
+    mixtures = [MixtureDataset(items, task, 10**6, options.seed + k, classes=classes) for k, task in tasks]
     rng, began = np.random.default_rng(options.seed), time.monotonic()
     for n in itertools.count():
-        if n == options.count or time.monotonic() - began > 60 * options.minutes:
+        if n == options.count or (options.minutes and time.monotonic() - began > 60 * options.minutes):
             return
-        dataset, rows = mixtures[n % len(TASKS)], []
+        dataset, rows = mixtures[n % len(tasks)], []
         for k in range(EACH):
-            item = dataset[n // len(TASKS) * EACH + k]
+            item = dataset[n // len(tasks) * EACH + k]
             separator = separators[rng.integers(len(separators))]
             if options.split == "train":
                 level = separator.gain(item["mixture"][None], separator.resolve(item["names"]))
@@ -83,7 +86,8 @@ def main() -> None:
             else:
                 answer = separator(item["mixture"], separator.sample_rate, item["names"])
                 rows.append((torch.stack(list(answer.sources.values())), item["sources"], item["names"]))
-        write_stems(options.output / f"{dataset.task}.{n:05d}{SUFFIX}", rows)
+        path = options.output / f"{dataset.task}.{options.seed}.{n:05d}{SUFFIX}"
+        write_stems(path, rows, dataset.sample_rate)
         print(n, dataset.task, f"{(time.monotonic() - began) / 60:.1f} min", flush=True)
 
 
