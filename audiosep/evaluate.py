@@ -383,8 +383,8 @@ def _trials(plan: Plan, tables: Mapping[str, Any], given: Mapping[str, Separates
             share = getattr(separator, "low_rank", 0.0)
             if share and dataset.n_sound:
                 header["low rank"] = low_rank_facts(share, dataset.n_sound, labels)
-            # Two voices, and several sounds without a class, have one name, and stay as they are.
-            apart = dataset.n_speech < 2 and (dataset.n_sound == 1 or (labels and dataset.n_sound > 0))
+            # Two voices have one name, and of a sound without a class the refiner knows too little.
+            apart = labels and dataset.n_speech < 2 and dataset.n_sound > 0
             refiner: Any = getattr(separator, "refiner", None) if apart else None
             if refiner is not None:
                 header["refiner"] = {**_hashes({"refiner": refiner}), "share": getattr(separator, "refine", 0.0)}

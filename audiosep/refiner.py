@@ -108,13 +108,12 @@ class Refiner(nn.Module):
         }
 
     def knows(self, names: Sequence[str]) -> bool:
-        """Whether it has learned to tell such sources apart: two or three, all different and known, whatever their
-        case, and a sound without a class only where it is the one sound.
+        """Whether it is to be asked about such sources: two or three, all different, voices and sounds of its classes,
+        whatever their case. Of a sound that has no class it knows too little to be trusted.
         """
         lowered = [name.casefold() for name in names]
-        known = {label.casefold() for label in self.labels}
-        alone = "sound" not in lowered or {*lowered} == {*KINDS}
-        return 1 < len(lowered) <= MOST_SOURCES and len(lowered) == len({*lowered}) and {*lowered} <= known and alone
+        known = {"speech", *(label.casefold() for label in self.classes)}
+        return 1 < len(lowered) <= MOST_SOURCES and len(lowered) == len({*lowered}) and {*lowered} <= known
 
     def numbers(self, names: Sequence[str]) -> Tensor:
         """Numbers of labels (K,), -1 of a name that is none."""

@@ -155,7 +155,7 @@ class Separator:
             the rest, has a higher rank and no last step.
         refine: how far a network that has heard all of a mixture's stems moves them in the end, 0..1, 0 for not at all
             (see `audiosep.refiner`). None is the preset's own. Only the default preset's own sampler has it, for two
-            or three sources of different names that the network knows.
+            or three sources of different names that the network knows, no sound without a class.
         least_noise: level of the sampler's last step, relative to full scale. At 0.063, which is the default preset's
             for its own sampler without a mixing, a sample is the mean of what the sources could still become: nearer to
             the truth on average, and found in half the time. At 0.002, the other samplers', it is a sample, with all

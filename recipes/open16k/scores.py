@@ -114,7 +114,7 @@ def current(found: dict[str, Any]) -> dict[str, Any]:
         "exchange": {"likeness": LIKENESS, "lead": LEAD},
         "guidance": guidance_facts(GUIDANCE),
         "low rank": low_rank_facts(LOW_RANK, sounds, found["labels"]),
-        "refiner": {"refiner": listeners()[REFINER], "share": REFINE} if voices < 2 else None,
+        "refiner": {"refiner": listeners()[REFINER], "share": REFINE} if voices < 2 and found["labels"] else None,
     }
     if sounds > 1 and not found["labels"]:  # listeners can't tell them apart
         today = {"low rank": today["low rank"]}
