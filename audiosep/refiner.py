@@ -1,11 +1,11 @@
 """Refinement: a small network hears all stems of a mixture and says, region by region, how they share it wrongly.
 
-A denoiser knows what its source sounds like, but not what the others do, and errs in whole regions of the
-time-frequency plane: half a syllable that went to the bell. An oracle that may only move a smooth field of 12 bands by
-2.5 nodes a second over the finished stems of one voice and one sound would win 6 dB (see recipes/open16k). The network
-learns that field from stems that were separated: for stem k it sees the log-mel energies of the stem, of the other
-stems together and of the mixture, and the name of the source, and answers D_k at few nodes. The stems X_k then share
-their sum Y as in class guidance,
+A denoiser knows what its source sounds like, but not what the others do, and errs in whole regions of the time-
+frequency plane: half a syllable that went to the bell. An oracle that may only move a smooth field of 12 bands by 2.5
+nodes a second over finished stems would win 5 dB and more (see recipes/open16k). The network learns that field from
+stems that were separated: for stem k it sees the log-mel energies of the stem, of the other stems together and of the
+mixture, and the name of the source, and answers D_k at few nodes. The stems X_k then share their sum Y as in class
+guidance,
 
     X_k + (softmax_k(log P_k + D_k) - softmax_k(log P_k)) Y,    loss = -mean_k of the SNR in dB,
 
