@@ -1,8 +1,8 @@
 """Refinement: a small network hears all stems of a mixture and says, region by region, how they share it wrongly.
 
-A denoiser knows what its source sounds like, but not what the others do, and errs in whole regions of the time-
-frequency plane: half a syllable that went to the bell. An oracle that may only move a smooth field of 12 bands by 2.5
-nodes a second over finished stems would win 5 dB and more (see recipes/open16k). The network learns that field from
+A denoiser knows what its source sounds like, but not what the others do, and errs in whole regions of the
+time-frequency plane: half a syllable that went to the bell. An oracle that may only move a smooth field of 12 bands by
+2.5 nodes a second over finished stems would win 5 dB and more (see recipes/open16k). The network learns that field from
 stems that were separated: for stem k it sees the log-mel energies of the stem, of the other stems together and of the
 mixture, and the name of the source, and answers D_k at few nodes. The stems X_k then share their sum Y as in class
 guidance,
