@@ -383,7 +383,7 @@ def test_equaliser_and_room():
     noise = rng.normal(0, 0.1, 32000)
     plain = np.abs(np.fft.rfft(noise)) ** 2
     bands = [slice(4000 // 2**k, 8000 // 2**k) for k in range(5)]  # octaves
-    heard = [np.abs(np.fft.rfft(data._equalised(rng, noise, 6.0, 16000))) ** 2 for _ in range(20)]
+    heard = [np.abs(np.fft.rfft(data.equalised(rng, noise, 6.0, 16000))) ** 2 for _ in range(20)]
     gains = 10 * np.log10([[wave[band].sum() / plain[band].sum() for band in bands] for wave in heard])
     assert np.abs(gains).max() < 6.3
     assert gains.std() > 1.5
