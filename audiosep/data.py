@@ -26,6 +26,7 @@ import soundfile
 import soxr
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from audiosep import distributed
@@ -446,6 +447,48 @@ class MixtureDataset(Dataset[dict[str, Any]]):
         except AudioError as error:
             self.skip.add(item, error)
             return np.zeros(0, np.float32)
+
+
+class TaskMixtures(Dataset[dict[str, Tensor]]):
+    """Mixtures of several tasks in turn, for what is made of them; item i is a pure function of their seeds and of i.
+
+    The datasets hold as many mixtures each.
+
+    Args:
+        datasets: of a task each; one may stand there several times.
+        shares: of the items, by their names in messages.
+
+    Raises:
+        UsageError: there is no dataset, or a share does not lie in 0..1.
+    """
+
+    def __init__(self, datasets: Sequence[MixtureDataset], **shares: float) -> None:
+        if not datasets:
+            raise UsageError("no tasks to make mixtures of")
+        for name, share in shares.items():
+            if not 0 <= share <= 1:
+                raise UsageError(f"{name} is a share, 0..1, got {share}")
+        self.datasets, self.segment = list(datasets), datasets[0].segment
+
+    def __len__(self) -> int:
+        return sum(len(dataset) for dataset in self.datasets)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Which mixtures are made of the items, beside the tasks and what is made of them."""
+        return self.datasets[0].settings
+
+    @property
+    def failed(self) -> list[str]:
+        """The clips that could not be decoded so far, of all datasets."""
+        return sorted({id for dataset in self.datasets for id in dataset.failed})
+
+    def drawn(self, index: int, stream: int) -> tuple[MixtureDataset, int, np.random.Generator]:
+        """The dataset of item `index`, the number of its mixture there, and chance beside the mixtures' own."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        dataset = self.datasets[index % len(self.datasets)]
+        return dataset, index // len(self.datasets), np.random.default_rng([dataset.seed, index, stream])
 
 
 class SourceDataset(Dataset[dict[str, Any]]):

@@ -52,13 +52,7 @@ EXPERT_TABLES = ("expert", "network", "data", "train", "probe", "card")
 MANIFEST = {"manifest": "str", "root": "str", "kind": "str", "least": "int"}  # keys of [data] not SourceDataset's
 LOSS = ("label_dropout", "focus")  # keys of [prior] that are of its loss, not of its config
 SHARES = ("alone", "masked")  # what [tagger] says of `TaggedMixtures`
-STEMS = {
-    "folder": "str",
-    "separated": "float",
-    "unnamed": "float",
-    "equaliser": "float",
-    "speed": "float",
-}  # of `Stems`
+STEMS = ("folder", "separated", "unnamed", "equaliser", "speed")  # what [refiner] says of `Stems`
 REFINED_TASKS = ("1speech+1sound", "2sound", "1speech+1sound", "1speech+2sound", "3sound")
 TAGGED_TASKS = ("1speech", "1sound", "2speech", "1speech+1sound", "2sound", "1speech+2sound", "3sound")
 FOREVER = 2**40  # windows of a run whose budget is time
@@ -176,11 +170,8 @@ def _fit_tagger(tables: Mapping[str, Any], out: Path, **how: Any) -> dict[str, A
     for name, share in shares.items():
         check_type("float", share, f"tagger.{name}")
     start = table.pop("start", None)
-    check_type("str | None", start, "tagger.start")
     tagger = build(Tagger, table, "tagger", classes=prior.classes, sample_rate=prior.sample_rate)
-    started = _started(start)
-    if start is not None:
-        _start_tagger(tagger, start)
+    started = _start_model(tagger, "tagger", start)
     data = _Data(tables, kind=None)
     mixtures = data.tagged(data.train, tagger, tasks, _each(options, tasks), options.seed, **shares)
     probe = build(TaggerProbe, tables.get("probe", {}), "probe", data=data, tagger=tagger, tasks=tasks)
@@ -206,14 +197,9 @@ def _fit_refiner(tables: Mapping[str, Any], out: Path, **how: Any) -> dict[str, 
     table = dict(tables["refiner"])
     prior, tasks = _named_by(table, "refiner", REFINED_TASKS)
     shares = {name: table.pop(name) for name in STEMS if name in table}
-    for name, value in shares.items():
-        check_type(STEMS[name], value, f"refiner.{name}")
     start = table.pop("start", None)
-    check_type("str | None", start, "refiner.start")
     refiner = build(Refiner, table, "refiner", classes=prior.classes, sample_rate=prior.sample_rate)
-    started = _started(start)
-    if start is not None:
-        _start_refiner(refiner, start)
+    started = _start_model(refiner, "refiner", start)
     data = _Data(tables, kind=None)
     stems = data.stems(data.train, refiner, tasks, _each(options, tasks), options.seed, **shares)
     probe = build(RefinerProbe, tables.get("probe", {}), "probe")
@@ -318,22 +304,22 @@ def _settled(prior: Prior) -> dict[str, Any]:
     return settings
 
 
-def _start_refiner(refiner: Refiner, name: str) -> None:
-    """Take over the weights of the refiner `name`, which must be the recipe's."""
-    other = hub.load_model(name)
-    if not isinstance(other, Refiner) or other.config != refiner.config:
-        raise UsageError(f"refiner.start: {name} is no refiner of the recipe's classes, rate and sizes")
-    refiner.load_state_dict(other.state_dict())
+def _start_model(model: Tagger | Refiner, name: str, start: str | None) -> dict[str, Any]:
+    """Take over the weights of the checkpoint `start`, and a tagger's threshold; what the card says of it.
 
-
-def _start_tagger(tagger: Tagger, name: str) -> None:
-    """Take over the weights and the threshold of the tagger `name`, which must be the recipe's, its loss aside."""
-    other = hub.load_model(name)
-    own = {"threshold": tagger.threshold, "among": tagger.among}
-    if not isinstance(other, Tagger) or other.config | own != tagger.config:
-        raise UsageError(f"tagger.start: {name} is no tagger of the recipe's classes, rate, sizes and floor")
-    tagger.load_state_dict(other.state_dict())
-    tagger.threshold = other.threshold
+    It must be what the recipe describes, a tagger's loss aside.
+    """
+    check_type("str | None", start, f"{name}.start")
+    if start is None:
+        return {}
+    other = hub.load_model(start)
+    own = {key: value for key, value in model.config.items() if key in ("threshold", "among")}
+    if type(other) is not type(model) or other.config | own != model.config:
+        raise UsageError(f"{name}.start: {start} is no {name} of the recipe's classes and settings")
+    model.load_state_dict(other.state_dict())
+    if isinstance(model, Tagger) and isinstance(other, Tagger):
+        model.threshold = other.threshold
+    return _started(start)
 
 
 def _started(name: str | None) -> dict[str, Any]:

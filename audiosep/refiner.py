@@ -31,9 +31,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
-from audiosep.data import KINDS, MixtureDataset, equalised
+from audiosep.data import KINDS, MixtureDataset, TaskMixtures, equalised
 from audiosep.errors import UsageError, at_least
 from audiosep.mixing import change_of_shares, grid, hats, log_power
 from audiosep.stft import istft, stft
@@ -190,11 +189,11 @@ class Block(nn.Module):
         return torch.relu(x + self.last(hidden))
 
 
-class Stems(Dataset[dict[str, Tensor]]):
+class Stems(TaskMixtures):
     """Stems to be refined, of several tasks in turn: `stems` and `sources` (K, N), and the sources' `labels` (K,).
 
-    K is that of the largest task; where a mixture has fewer sources there is silence with the label -1. The datasets
-    hold as many mixtures each; item i is a pure function of their seeds, the folder and i.
+    K is that of the largest task; where a mixture has fewer sources there is silence with the label -1. Items follow
+    from the folder, too.
 
     Args:
         datasets: of a task each; one may stand there several times.
@@ -211,22 +210,17 @@ class Stems(Dataset[dict[str, Tensor]]):
         self,
         datasets: Sequence[MixtureDataset],
         refiner: Refiner,
-        folder: str | Path | None = None,
+        folder: str | None = None,
         separated: float = 0.65,
         unnamed: float = 0.1,
         equaliser: float = 6.0,
         speed: float = 0.1,
     ) -> None:
-        if not datasets:
-            raise UsageError("no tasks to make mixtures of")
-        for name, share in (("separated", separated), ("unnamed", unnamed)):
-            if not 0 <= share <= 1:
-                raise UsageError(f"{name} is a share, 0..1, got {share}")
+        super().__init__(datasets, separated=separated, unnamed=unnamed)
         if equaliser < 0 or not 0 <= speed < 1:
             raise UsageError(f"equaliser is dB, at least 0, and speed a share below 1, got {equaliser} and {speed}")
         self.equaliser, self.speed = equaliser, speed
-        self.datasets, self.refiner, self.separated, self.unnamed = list(datasets), refiner, separated, unnamed
-        self.segment = self.datasets[0].segment
+        self.refiner, self.separated, self.unnamed = refiner, separated, unnamed
         self.count = max(dataset.n_speech + dataset.n_sound for dataset in self.datasets)
         tasks = dict.fromkeys(dataset.task for dataset in self.datasets)
         self.files = {task: [] if folder is None else sorted(Path(folder).glob(f"{task}.*{SUFFIX}")) for task in tasks}
@@ -238,24 +232,13 @@ class Stems(Dataset[dict[str, Tensor]]):
             if stems.shape[-1] != length:
                 raise UsageError(f"{path}: stems of {stems.shape[-1]} samples, the recipe's segments have {length}")
 
-    def __len__(self) -> int:
-        return sum(len(dataset) for dataset in self.datasets)
-
     @property
     def settings(self) -> dict[str, Any]:
         """Which mixtures are made of the items, and how many files of stems there are, beside the tasks."""
-        return self.datasets[0].settings | {"files": {task: len(files) for task, files in self.files.items()}}
-
-    @property
-    def failed(self) -> list[str]:
-        """The clips that could not be decoded so far, of all datasets."""
-        return sorted({id for dataset in self.datasets for id in dataset.failed})
+        return super().settings | {"files": {task: len(files) for task, files in self.files.items()}}
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        dataset = self.datasets[index % len(self.datasets)]
-        rng = np.random.default_rng([dataset.seed, index, 2])  # another stream than the mixtures' own
+        dataset, number, rng = self.drawn(index, 2)
         files = self.files[dataset.task]
         if files and rng.random() < self.separated:
             rows = read_stems(files[int(rng.random() * len(files))], self.refiner)
@@ -264,7 +247,7 @@ class Stems(Dataset[dict[str, Tensor]]):
             # Sounds begin anywhere.
             stems, sources = both.roll(int(rng.random() * both.shape[-1]), -1).split(len(stems))
         else:
-            item = dataset[index // len(self.datasets)]
+            item = dataset[number]
             sources, names = item["sources"], item["names"]
             stems = faulty(sources, dataset.sample_rate, rng)
         if self.equaliser:

@@ -29,9 +29,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
-from torch.utils.data import Dataset
 
-from audiosep.data import MixtureDataset
+from audiosep.data import MixtureDataset, TaskMixtures
 from audiosep.errors import UsageError, at_least
 from audiosep.mixing import BANDS, grid, log_power
 from audiosep.stft import istft, stft
@@ -237,10 +236,8 @@ class Ensemble(nn.Module):
         return torch.stack(columns, -1)
 
 
-class TaggedMixtures(Dataset[dict[str, Tensor]]):
+class TaggedMixtures(TaskMixtures):
     """Mixtures of several tasks in turn, with what they hold: `mixture` (N,), `tags` (L,) in the order of `labels`.
-
-    The datasets hold as many mixtures each; item i is a pure function of their seeds and of i.
 
     Args:
         datasets: of a task each; one may stand there several times.
@@ -252,34 +249,13 @@ class TaggedMixtures(Dataset[dict[str, Tensor]]):
     def __init__(
         self, datasets: Sequence[MixtureDataset], labels: Sequence[str], alone: float = 0.0, masked: float = 0.0
     ) -> None:
-        if not datasets:
-            raise UsageError("no tasks to make mixtures of")
-        for name, share in (("alone", alone), ("masked", masked)):
-            if not 0 <= share <= 1:
-                raise UsageError(f"{name} is a share, 0..1, got {share}")
-        self.datasets, self.alone, self.masked = list(datasets), alone, masked
+        super().__init__(datasets, alone=alone, masked=masked)
+        self.alone, self.masked = alone, masked
         self.index = {label.casefold(): i for i, label in enumerate(labels)}
-        self.segment = self.datasets[0].segment
-
-    def __len__(self) -> int:
-        return sum(len(dataset) for dataset in self.datasets)
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Which mixtures are made of the items, beside the tasks and what is tagged."""
-        return self.datasets[0].settings
-
-    @property
-    def failed(self) -> list[str]:
-        """The clips that could not be decoded so far, of all datasets."""
-        return sorted({id for dataset in self.datasets for id in dataset.failed})
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        dataset = self.datasets[index % len(self.datasets)]
-        item = dataset[index // len(self.datasets)]
-        rng = np.random.default_rng([dataset.seed, index, 1])  # another stream than the mixtures' own
+        dataset, number, rng = self.drawn(index, 1)
+        item = dataset[number]
         if rng.random() >= self.alone:
             return {"mixture": item["mixture"], "tags": self.tags(item["names"])}
         kept = int(rng.random() * len(item["names"]))

@@ -293,10 +293,10 @@ def test_a_tagger_may_start_from_another(trained, manifest, tmp_path):
     before, after = (hub.load_model(root / "tagger").scores.weight for root in (trained, tmp_path))
     torch.testing.assert_close(after, before, atol=1e-3, rtol=1e-3)
     tables["tagger"]["width"] = 16
-    with pytest.raises(UsageError, match="rate, sizes and floor"):
+    with pytest.raises(UsageError, match="the recipe's classes and settings"):
         fit.fit(tables, tmp_path / "other", device="cpu")
     tables["tagger"] |= {"width": 8, "floor": 0.1}
-    with pytest.raises(UsageError, match="rate, sizes and floor"):
+    with pytest.raises(UsageError, match="the recipe's classes and settings"):
         fit.fit(tables, tmp_path / "other", device="cpu")
     wrong = {"of": 5, "start": 5, "tasks": "2sound", "alone": "many"}
     said = ("text, got 5", "text or left out, got 5", "a list of texts, got '2sound'", "a number, got 'many'")
