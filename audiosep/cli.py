@@ -167,6 +167,10 @@ def separate(
             min=0.0, max=1.0, help="How far a small network corrects the stems. 0: not at all.  [default: the preset's]"
         ),
     ] = None,
+    restarts: Annotated[
+        int | None,
+        typer.Option(min=0, help="How often the last steps follow again after a correction.  [default: the preset's]"),
+    ] = None,
     least_noise: Annotated[
         float | None,
         typer.Option(
@@ -256,6 +260,7 @@ def separate(
             guidance=guidance,
             low_rank=low_rank,
             refine=refine,
+            restarts=restarts,
             least_noise=least_noise,
             combine=combine and combine.value,
             seed=seed,

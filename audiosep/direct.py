@@ -45,6 +45,7 @@ SAMPLERS_OWN = (
     "guidance",
     "low_rank",
     "refine",
+    "restarts",
     "least_noise",
     "combine",
     "sampling",
@@ -112,7 +113,8 @@ class Direct(Separator):
         self.batch = batch or (1 if self.device.type == "cpu" else 16)
         self.dtype = choose_dtype("float32" if dtype == "auto" else dtype, self.device)
         self.samples, self.combine, self.seed, self.rank, self.mixing = 1, "mean", 0, False, None
-        self.exchanges, self.guidance, self.low_rank, self.refine = False, 0.0, 0.0, 0.0
+        self.exchanges, self.guidance, self.low_rank = False, 0.0, 0.0
+        self.refine, self.restarts = 0.0, 0
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -49,7 +49,8 @@ from audiosep.lowrank import LAST, UPDATES, VAGUE
 from audiosep.mixing import BANDS, RATE, best_permutation
 from audiosep.progress import Callback
 from audiosep.recipe import build, check_tables
-from audiosep.separator import LEAD, LIKENESS, RANKS, REST_RANK, Separates, Separation, mix_seed
+from audiosep.refiner import BOUND, MOST_SOURCES
+from audiosep.separator import AGAIN, LEAD, LIKENESS, RANKS, REST_RANK, Separates, Separation, mix_seed
 
 __all__ = ["MAKERS", "Plan", "Unprocessed", "run", "score"]
 
@@ -161,6 +162,7 @@ def _checkpoints(
     guidance: float | None = None,
     low_rank: float | None = None,
     refine: float | None = None,
+    restarts: int | None = None,
     least_noise: float | None = None,
     combine: str | None = None,
     sampling: Mapping[str, Any] | None = None,
@@ -328,6 +330,13 @@ def low_rank_facts(share: float, sounds: int, labels: bool) -> dict[str, Any]:
     return facts if labels else facts | {"rest": REST_RANK}
 
 
+def refinement_facts(share: float, restarts: int, task: str, labels: bool) -> dict[str, Any]:
+    """The same of refinement; empty where sources are called alike, or too many: it isn't asked there."""
+    voices, sounds = parse_task(task)
+    apart = voices < 2 and (labels or sounds < 2) and 1 < voices + sounds <= MOST_SOURCES
+    return {"share": share, "restarts": restarts, "steps": AGAIN, "bound": BOUND} if share and apart else {}
+
+
 def _trials(plan: Plan, tables: Mapping[str, Any], given: Mapping[str, Separates], out: Path | None) -> list[Trial]:
     asked = {name: table for name, table in tables.items() if set(_tasks(name, table, plan)) & set(plan.tasks)}
     if len(asked) < len(tables):
@@ -383,11 +392,11 @@ def _trials(plan: Plan, tables: Mapping[str, Any], given: Mapping[str, Separates
             share = getattr(separator, "low_rank", 0.0)
             if share and dataset.n_sound:
                 header["low rank"] = low_rank_facts(share, dataset.n_sound, labels)
-            # Two voices have one name, and of a sound without a class the refiner knows too little.
-            apart = labels and dataset.n_speech < 2 and dataset.n_sound > 0
-            refiner: Any = getattr(separator, "refiner", None) if apart else None
+            share, restarts = getattr(separator, "refine", 0.0), getattr(separator, "restarts", 0)
+            refinement = refinement_facts(share, restarts, dataset.task, labels)
+            refiner: Any = getattr(separator, "refiner", None) if refinement else None
             if refiner is not None:
-                header["refiner"] = {**_hashes({"refiner": refiner}), "share": getattr(separator, "refine", 0.0)}
+                header |= {"refiner": _hashes({"refiner": refiner}), "refinement": refinement}
             stems = out / "stems" if out is not None and plan.stems else None
             seed = mix_seed(plan.seed, own_seed)
             trials.append(Trial(name, separator, dataset, labels, plan.metrics, header, seed, stems))

@@ -4,8 +4,8 @@ A denoiser knows what its source sounds like, but not what the others do, and er
 time-frequency plane: half a syllable that went to the bell. An oracle that may only move a smooth field of 12 bands by
 2.5 nodes a second over finished stems would win 5 dB and more (see recipes/open16k). The network learns that field from
 stems that were separated: for stem k it sees the log-mel energies of the stem, of the other stems together and of the
-mixture, and the name of the source, and answers D_k at few nodes. The stems X_k then share their sum Y as in class
-guidance,
+mixture, and the name of the source, and answers D_k at few nodes, within +-BOUND: what it has never heard the like of
+it can't move altogether. The stems X_k then share their sum Y as in class guidance,
 
     X_k + (softmax_k(log P_k + D_k) - softmax_k(log P_k)) Y,    loss = -mean_k of the SNR in dB,
 
@@ -40,6 +40,7 @@ from audiosep.stft import istft, stft
 __all__ = ["Refiner", "Stems", "faulty", "read_stems", "resized", "write_stems"]
 
 DILATIONS = (1, 2, 4, 1, 2)  # in time, of the blocks
+BOUND = 3.0  # nats, of a field's nodes
 LEVEL = 384.0  # mean power of a bin at unit RMS: the sum of the squared window
 FLOOR = 0.05  # added to the energies of a mixture at unit RMS before the logarithm
 MOST_SOURCES = 3  # that it has heard together
@@ -63,6 +64,8 @@ class Refiner(nn.Module):
     """
 
     n_fft, hop_length = 1024, 256
+    bands: Tensor
+    rows: Tensor
 
     def __init__(self, classes: Sequence[str], sample_rate: int = 16000, width: int = 64, mels: int = 48) -> None:
         super().__init__()
@@ -107,11 +110,9 @@ class Refiner(nn.Module):
         }
 
     def knows(self, names: Sequence[str]) -> bool:
-        """Whether it is to be asked about such sources: two or three, all different, voices and sounds of its classes,
-        whatever their case. Of a sound that has no class it knows too little to be trusted.
-        """
+        """Whether it is to be asked about such sources: two or three, all called differently, whatever the case."""
         lowered = [name.casefold() for name in names]
-        known = {"speech", *(label.casefold() for label in self.classes)}
+        known = {label.casefold() for label in self.labels}
         return 1 < len(lowered) <= MOST_SOURCES and len(lowered) == len({*lowered}) and {*lowered} <= known
 
     def numbers(self, names: Sequence[str]) -> Tensor:
@@ -130,7 +131,7 @@ class Refiner(nn.Module):
         hidden = self.first(self._heard(bins)[there])
         for name, block in zip(self.names, self.blocks):
             hidden = block(hidden + name(index)[:, :, None, None])
-        nodes = self.out(hidden)[:, 0].float()
+        nodes = BOUND * torch.tanh(self.out(hidden)[:, 0].float() / BOUND)
         # Each node lies on every fourth frame; the last few may have none behind them.
         place = torch.arange(frames, device=bins.device) / max(1, 4 * (nodes.shape[-1] - 1))
         with torch.autocast(bins.device.type, enabled=False):
@@ -144,7 +145,7 @@ class Refiner(nn.Module):
             others = (total - bins).abs().square()
             seen = torch.stack((power, others, total.abs().square().expand_as(power)), 2)
             level = seen[:, :1, 2:].mean((-2, -1), keepdim=True).clamp(min=1e-14)
-            energy = self.bands @ (LEVEL * seen / level).flatten(0, 1)  # type: ignore[operator]
+            energy = self.bands @ (LEVEL * seen / level).flatten(0, 1)
             return torch.log(energy + FLOOR) / 3
 
     def refine(self, stems: Sequence[Tensor], labels: Tensor, share: float) -> list[Tensor]:
@@ -201,7 +202,8 @@ class Stems(TaskMixtures):
         folder: of stems that `write_stems` wrote; None for none.
         separated: share of the items that are of these, where there are any of the task; others are left by a faulty
             mask.
-        unnamed: share of the items in which a class of sound is not told, if there is one sound.
+        unnamed: share of the items in which the class of one sound is not told.
+        joined: share of the items of three sources in which two of the sounds are one that has no class.
         equaliser: dB by which a filter varies the octaves of an item, its stems and sources alike.
         speed: share by which separated stems and their sources are faster or slower, pitch too.
     """
@@ -213,14 +215,15 @@ class Stems(TaskMixtures):
         folder: str | None = None,
         separated: float = 0.65,
         unnamed: float = 0.1,
+        joined: float = 0.3,
         equaliser: float = 6.0,
         speed: float = 0.1,
     ) -> None:
-        super().__init__(datasets, separated=separated, unnamed=unnamed)
+        super().__init__(datasets, separated=separated, unnamed=unnamed, joined=joined)
         if equaliser < 0 or not 0 <= speed < 1:
             raise UsageError(f"equaliser is dB, at least 0, and speed a share below 1, got {equaliser} and {speed}")
         self.equaliser, self.speed = equaliser, speed
-        self.refiner, self.separated, self.unnamed = refiner, separated, unnamed
+        self.refiner, self.separated, self.unnamed, self.joined = refiner, separated, unnamed, joined
         self.count = max(dataset.n_speech + dataset.n_sound for dataset in self.datasets)
         tasks = dict.fromkeys(dataset.task for dataset in self.datasets)
         self.files = {task: [] if folder is None else sorted(Path(folder).glob(f"{task}.*{SUFFIX}")) for task in tasks}
@@ -254,12 +257,28 @@ class Stems(TaskMixtures):
             waves = torch.cat((stems, sources)).numpy()
             both = torch.from_numpy(equalised(rng, waves, self.equaliser, dataset.sample_rate)).float()
             stems, sources = both.split(len(stems))
-        if dataset.n_sound == 1 and rng.random() < self.unnamed:
-            names = [name if name == "speech" else "sound" for name in names]
+        stems, sources, names = self._less_named(stems, sources, names, rng)
         more = self.count - len(stems)
         labels = nn.functional.pad(self.refiner.numbers(names), (0, more), value=-1)
         stems, sources = (nn.functional.pad(x, (0, 0, 0, more)) for x in (stems, sources))
         return {"stems": stems, "sources": sources, "labels": labels}
+
+    def _less_named(
+        self, stems: Tensor, sources: Tensor, names: list[str], rng: np.random.Generator
+    ) -> tuple[Tensor, Tensor, list[str]]:
+        """At times one of the sounds without its class, or two of three as one."""
+        sounds = rng.permutation([k for k, name in enumerate(names) if name != "speech"])
+        joined, unnamed = rng.random() < self.joined, rng.random() < self.unnamed
+        if not len(sounds) or "sound" in names:
+            return stems, sources, names
+        if joined and len(names) == 3 and len(sounds) > 1:
+            rest = sounds[:2].tolist()
+            kept = next(k for k in range(3) if k not in rest)
+            stems, sources = (torch.stack((x[kept], x[rest].sum(0))) for x in (stems, sources))
+            return stems, sources, [names[kept], "sound"]
+        if unnamed:
+            names = ["sound" if k == sounds[0] else name for k, name in enumerate(names)]
+        return stems, sources, names
 
 
 def resized(x: Tensor, ratio: float) -> Tensor:

@@ -308,9 +308,7 @@ def write(
     facts: dict[str, Any] = {f"{s['separator']}, {s['task']}": s["options"] for s in summaries}
     weights: dict[str, dict[str, str]] = {}
     for s in summaries:
-        beside = s.get("classifiers", {}) | {
-            name: digest for name, digest in s.get("refiner", {}).items() if name != "share"
-        }
+        beside = s.get("classifiers", {}) | s.get("refiner", {})
         weights[s["separator"]] = weights.get(s["separator"], {}) | s["weights"] | beside
     facts["weights"] = {name: found for name, found in weights.items() if found}
     facts["left out"] = notes(summaries, published)

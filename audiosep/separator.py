@@ -61,7 +61,9 @@ LIKENESS = 2.5
 # of it or four times as much make no difference.
 LEAD = 3.0
 GUIDANCE = 0.55  # step of the class guidance, chosen on held-out mixtures
-REFINE = 0.75  # share of the refiner's fields, chosen on held-out mixtures
+REFINE = 1.0  # share of the refiner's fields, chosen on held-out mixtures
+RESTARTS = 2  # after refinement, chosen there, too
+AGAIN = 2  # steps of each restart
 LOW_RANK = 0.2  # share of the low-rank guidance, chosen there, too
 RANKS = {"speech": 8}  # of a kind's spectrograms; those of one sound are 1
 REST_RANK = 4  # of the one sound that has no class: it may be all the rest
@@ -155,7 +157,9 @@ class Separator:
             the rest, has a higher rank and no last step.
         refine: how far a network that has heard all of a mixture's stems moves them in the end, 0..1, 0 for not at all
             (see `audiosep.refiner`). None is the preset's own. Only the default preset's own sampler has it, for two
-            or three sources of different names that the network knows, no sound without a class.
+            or three sources of different names that the network knows.
+        restarts: how often, where stems are refined, the sampler takes its last steps again from the refined stems,
+            which are then refined in their turn. None is the preset's own.
         least_noise: level of the sampler's last step, relative to full scale. At 0.063, which is the default preset's
             for its own sampler without a mixing, a sample is the mean of what the sources could still become: nearer to
             the truth on average, and found in half the time. At 0.002, the other samplers', it is a sample, with all
@@ -186,6 +190,7 @@ class Separator:
         guidance: float | None = None,
         low_rank: float | None = None,
         refine: float | None = None,
+        restarts: int | None = None,
         least_noise: float | None = None,
         combine: str | None = None,
         seed: int = 0,
@@ -214,6 +219,8 @@ class Separator:
             raise UsageError(f"low_rank lies in 0..1, got {low_rank}")
         if refine is not None and not 0 <= refine <= 1:
             raise UsageError(f"refine lies in 0..1, got {refine}")
+        if restarts is not None and restarts < 0:
+            raise UsageError(f"restarts must be at least 0, got {restarts}")
         if combine not in (None, "wiener", "mean"):
             raise UsageError(f"combine is 'wiener' or 'mean', not {combine!r}")
         self.device = torch.device(device)
@@ -241,9 +248,12 @@ class Separator:
             raise UsageError("low-rank guidance is for the default preset with its own sampler and no mixing")
         if refine and not guided:
             raise UsageError("refinement is for the default preset with its own sampler and no mixing")
+        if restarts and not guided:
+            raise UsageError("restarts are for the default preset with its own sampler and no mixing")
         self.guidance = float(GUIDANCE if guidance is None else guidance) if guided else 0.0
         self.low_rank = float(LOW_RANK if low_rank is None else low_rank) if guided else 0.0
         self.refine = float(REFINE if refine is None else refine) if guided else 0.0
+        self.restarts = (RESTARTS if restarts is None else restarts) if self.refine else 0
         self.least_noise = LEAST_NOISE if guided and least_noise is None else least_noise
         self.sampling = dict(sampling or {})
         self.segment, self.overlap = segment or SEGMENT, overlap
@@ -629,6 +639,7 @@ class Separator:
             "guidance": self.guidance if told else 0.0,
             "low_rank": self.low_rank if low else 0.0,
             "refine": self.refine if refined else 0.0,
+            "restarts": self.restarts if refined else 0,
         }
 
     def _guides(self, sources: Sequence[Source]) -> list[tuple[list[int], ClassGuidance]]:
@@ -744,20 +755,23 @@ class Job:
         self.seconds = 0.0
 
     def _prepare(self) -> int:
-        """Make what separates ready; how many steps it takes per sample."""
-        self.sampler = self.separator.sampler_for(self.sources)
-        self.exchanged = self.separator.exchange_groups(self.sources)
-        self.refiner = self.separator.refiner_of(self.sources)
+        """Make what separates ready; how many steps it takes per sample, restarts among them."""
+        separator = self.separator
+        self.sampler = separator.sampler_for(self.sources)
+        self.exchanged = separator.exchange_groups(self.sources)
+        self.refiner = separator.refiner_of(self.sources)
         if self.refiner is not None:
-            self.labels = self.refiner.numbers(self.separator.classes_of(self.sources))
+            self.labels = self.refiner.numbers(separator.classes_of(self.sources))
         steps = len(self.sampler.times)
         if self.sampler.evaluations > steps:
             log.warning(
                 "%s takes up to %d network evaluations per step, forward and backward, where others take one",
-                self.separator.sampler,
+                separator.sampler,
                 self.sampler.evaluations // steps,
             )
-        return steps
+        self.first = max(0, steps - AGAIN)
+        self.restarts = separator.restarts if self.refiner is not None else 0
+        return steps + self.restarts * (steps - self.first)
 
     def run(self, blocks: Iterable[np.ndarray]) -> Iterator[Piece]:
         """Separate a stream of blocks (C, n)."""
@@ -849,16 +863,16 @@ class Job:
         gain = separator.gain(rows, self.sources)
         silent = rows.square().flatten(1).mean(1).sqrt().view(gain.shape) < SILENCE
         each = len(rows) // count
-        found = []
-        for sample in range(separator.samples):
-            # The channels of a segment share their noise, so that identical channels give identical stems.
-            seeds = [mix_seed(separator.seed, self.segments + i // each, sample) for i in range(len(rows))]
-            found.append(self._run_sampler(rows * gain, Noise(seeds), count))
+        # The channels of a segment share their noise, so that identical channels give identical stems.
+        segments = [self.segments + i // each for i in range(len(rows))]
+        noises = [Noise([mix_seed(separator.seed, s, n) for s in segments]) for n in range(separator.samples)]
+        found = [self._run_sampler(rows * gain, noise, count) for noise in noises]
         if self.exchanged:
             found = self._by_class(found, each)
-        if self.refiner is not None:
-            labels = self.labels.to(found[0].device).expand(len(rows), -1)
-            found = self.refiner.refine(found, labels, separator.refine)
+        found = self._refined(found)
+        for _ in range(self.restarts):
+            found = [self._run_sampler(rows * gain, noise, count, x, self.first) for x, noise in zip(found, noises)]
+            found = self._refined(found)
         drawn, scores = [], []
         for x in found:
             score = self._log_likelihood(x) if separator.rank else torch.zeros(len(x))
@@ -871,9 +885,18 @@ class Job:
             drawn.append(sources.cpu())
         return torch.stack(drawn), torch.stack(scores)
 
-    def _run_sampler(self, y: Tensor, noise: Noise, count: int) -> Tensor:
+    def _refined(self, samples: list[Tensor]) -> list[Tensor]:
+        """Samples (S * C, K, N) as the refiner leaves them, if there is one."""
+        if self.refiner is None:
+            return samples
+        labels = self.labels.to(samples[0].device).expand(len(samples[0]), -1)
+        return self.refiner.refine(samples, labels, self.separator.refine)
+
+    def _run_sampler(
+        self, y: Tensor, noise: Noise, count: int, sources: Tensor | None = None, first: int = 0
+    ) -> Tensor:
         x = y[:, None]
-        for state in self.sampler(y, noise):
+        for state in self.sampler(y, noise, sources, first):
             x = state.x
             self.done += count
             self.evaluations += len(y) * len(self.sources) * self.sampler.passes
@@ -1079,7 +1102,7 @@ class Job:
             "sampler": {
                 "name": separator.sampler or PRESETS[separator.preset],
                 "preset": separator.preset,
-                "steps": self.steps,
+                "steps": len(self.sampler.times),
                 "samples": separator.samples,
                 "noise_levels": [self.sampler.ratios[0], self.sampler.ratios[-2]],
                 **separator.guided(self.sources),

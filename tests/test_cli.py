@@ -109,7 +109,7 @@ def test_stems_and_report(capsys):
 def test_options_reach_the_separator():
     arguments = (
         "mix.wav -o out -n speech,./my/sounds -s speech -d cpu --segment 3 --overlap 0.5 --steps 7"
-        " --sampler dsg --preset paper --samples 2 --guidance 0 --low-rank 0 --refine 0 --least-noise 0.01"
+        " --sampler dsg --preset paper --samples 2 --guidance 0 --low-rank 0 --refine 0 --restarts 0 --least-noise 0.01"
         " --combine mean --seed 9 --dtype bfloat16 --compile"
     )
     code = run("separate", *arguments.split())
@@ -126,6 +126,7 @@ def test_options_reach_the_separator():
         "guidance": 0.0,
         "low_rank": 0.0,
         "refine": 0.0,
+        "restarts": 0,
         "least_noise": 0.01,
         "combine": "mean",
         "seed": 9,

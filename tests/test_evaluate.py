@@ -18,9 +18,9 @@ from audiosep.data import MixtureDataset, read_manifest
 from audiosep.errors import AudiosepError, UsageError
 from audiosep.lowrank import LAST
 from audiosep.prior import Prior
-from audiosep.refiner import Refiner
+from audiosep.refiner import BOUND, Refiner
 from audiosep.schedules import vp_linear
-from audiosep.separator import LABEL_NOISE, REST_RANK
+from audiosep.separator import AGAIN, LABEL_NOISE, REST_RANK
 from audiosep.tagger import Ensemble, Tagger
 
 RATE = 16000
@@ -229,18 +229,19 @@ def test_rows_are_the_low_ranks_too_where_a_sound_is(manifest, tmp_path):
 def test_rows_are_the_refiners_too_where_names_differ(manifest, tmp_path):
     asked = []
     cases = [("2sound", True), ("2sound", False), ("2speech", True), ("1speech+1sound", False)]
+    facts = {"share": 0.5, "restarts": 3, "steps": AGAIN, "bound": BOUND}
     for task, labels in cases:
         for digest in (None, "first", "second"):
             fake = Fake(manifest, task)
-            fake.refine, fake.refiner = 0.5, None
+            fake.refine, fake.restarts, fake.refiner = 0.5, 3, None
             if digest:
                 fake.refiner = Refiner(["Bark"], width=2, mels=8)
                 fake.refiner.origin = {"sha256": digest}
             summary = run(manifest, fake, task=task, out=tmp_path / f"{task}{labels}", count=2, labels=labels)
             asked.append(len(fake.asked))
-            told = summary.get("refiner")
-            assert told == ({"refiner": digest, "share": 0.5} if digest and asked[-1] else None)
-    assert asked == [2, 2, 2, 2, 0, 0, 2, 0, 0, 2, 0, 0]
+            told = [summary.get(key) for key in ("refiner", "refinement")]
+            assert told == ([{"refiner": digest}, facts] if digest and asked[-1] else [None, None])
+    assert asked == [2, 2, 2, 2, 0, 0, 2, 0, 0, 2, 2, 2]
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -499,7 +500,7 @@ def test_the_real_separator(manifest, tmp_path, monkeypatch):
     recipe = tables(manifest, "1speech+2sound", count=1)
     models = [str(tmp_path / name) for name in make]
     recipe["separators"] = {
-        "default": {"models": models, "steps": 2, "samples": 1},
+        "default": {"models": models, "steps": 2, "samples": 1, "restarts": 1},
         "late": {
             "models": models,
             "preset": "published",
@@ -509,8 +510,8 @@ def test_the_real_separator(manifest, tmp_path, monkeypatch):
     }
     default, late = evaluate.run(recipe)
     assert default["count"] == 1
-    # Each of the two sounds is tried under both classes, at every level of `LABEL_NOISE`.
-    assert (default["evaluations"], late["evaluations"]) == (6 + 4 * len(LABEL_NOISE), 9)
+    # Each of the two sounds is tried under both classes, at every level of `LABEL_NOISE`; the restart is of two steps.
+    assert (default["evaluations"], late["evaluations"]) == (6 + 4 * len(LABEL_NOISE) + 6, 9)
     assert default["weights"]["speech"]
     assert np.isfinite(default["si_sdr"]["mean"])
     again = evaluate.run(recipe, tmp_path / "seeds")

@@ -107,9 +107,10 @@ def test_it_knows_sources_of_different_names_only():
     refiner = small()
     assert refiner.labels == ("speech", "sound", "Low", "High")
     assert refiner.knows(["SPEECH", "low", "High"])
-    alike = (["speech", "speech"], ["Low", "low"], ["speech"])
-    for names in (*alike, ["speech", "Bell"], ["speech", "sound"], ["Low", "sound"]):
+    assert refiner.knows(["speech", "sound"])
+    for names in (["speech", "speech"], ["Low", "low"], ["sound", "sound"], ["speech"], ["speech", "Bell"]):
         assert not refiner.knows(names)
+    assert not refiner.knows(["speech", "sound", "Low", "High"])  # it never heard four
     assert refiner.numbers(["high", "speech", "Bell"]).tolist() == [3, 0, -1]
 
 
@@ -219,7 +220,7 @@ def test_items_are_stems_of_all_sources(mixtures, tmp_path):
     refiner, folder = small(), tmp_path / "stems"
     folder.mkdir()
     write_stems(folder / "1speech+1sound.00000.safetensors", [row(5, length=8000)], RATE)
-    plain = {"equaliser": 0.0, "speed": 0.0, "unnamed": 0.0}
+    plain = {"equaliser": 0.0, "speed": 0.0, "unnamed": 0.0, "joined": 0.0}
     data = Stems(list(mixtures.values()), refiner, folder, separated=1.0, **plain)
     assert (len(data), data.count, data.segment) == (40, 3, 0.5)
     saved, made = data[0], data[1]
@@ -246,8 +247,20 @@ def test_what_varies_varies_stems_and_sources_alike(mixtures):
         torch.testing.assert_close(item["stems"].sum(0), item["sources"].sum(0), atol=1e-4, rtol=0)
     plain = Stems([mixtures["1speech+1sound"]], small(), equaliser=0.0)
     assert not torch.allclose(plain[0]["sources"], data[0]["sources"], atol=1e-3)
-    several = Stems([mixtures["1speech+2sound"]], small(), unnamed=1.0)
-    assert sorted(several[0]["labels"].tolist()) == [0, 2, 3]  # two without a class could not be told apart
+
+
+def test_one_sound_has_no_class_or_is_all_others(mixtures):
+    three = [mixtures["1speech+2sound"]]
+    named, unnamed, joined = (
+        Stems(three, small(), equaliser=0.0, unnamed=share, joined=other) for share, other in ((0, 0), (1, 0), (0, 1))
+    )
+    for i in range(6):
+        # Two without a class could not be told apart.
+        assert sorted(unnamed[i]["labels"].tolist()) in ([0, 1, 2], [0, 1, 3])
+        assert joined[i]["labels"].tolist() == [0, 1, -1]
+        for key in ("stems", "sources"):
+            voice, others = named[i][key][0], named[i][key][1:].sum(0)
+            torch.testing.assert_close(joined[i][key], torch.stack((voice, others, 0 * voice)))
 
 
 def test_stems_are_refused_in_words(mixtures, tmp_path):

@@ -143,6 +143,31 @@ def test_an_item_is_the_same_alone_and_in_a_batch(gaussian, sampler, preset):
     assert torch.allclose(together.x[1], alone.x[0], atol=2e-4 * scale.item())
 
 
+@pytest.mark.parametrize("first", [0, 9])
+def test_a_restart_goes_on_from_sources_in_noise(gaussian, first):
+    sampler = build(gaussian.joint, sampler="mmps")
+    y = gaussian.mixture.expand(3, -1)
+    sources = y[:, None].expand(-1, len(gaussian.joint), -1)
+    states = list(sampler(y, Noise(range(3)), sources, first))
+    assert [state.step for state in states] == list(range(first + 1, len(sampler.times) + 1))
+    begun = states[0].x_t / sampler.alphas[first]
+    torch.testing.assert_close((begun - sources).std().item(), sampler.ratios[first], rtol=0.05, atol=0)
+    if not first:  # the sampler begins with the mixture for every source
+        for state, other in zip(states, sampler(y, Noise(range(3)))):
+            assert torch.equal(state.x, other.x)
+
+
+def test_a_restart_from_the_exact_posterior_stays_there(gaussian):
+    samples, _ = draw(gaussian, 24, steps=12, **EXACT)
+    sampler = build(gaussian.joint, steps=12, **EXACT)
+    for state in sampler(gaussian.mixture.expand(24, -1), Noise(range(100, 124)), samples.float(), 6):
+        again = state.x.double()
+    before, after = accuracy(gaussian, samples), accuracy(gaussian, again)
+    assert (again - samples).norm() > 0.1 * (samples - samples.mean(0)).norm()  # others of its samples
+    assert after[0] < 1.1 * before[0]
+    assert max(before[1], after[1]) < 0.1
+
+
 def test_wrong_names_and_numbers_are_refused(gaussian):
     with pytest.raises(UsageError, match=r"dsp.*hybrid"):
         build(gaussian.joint, "dsp")

@@ -9,9 +9,12 @@ eta = 1 is the ancestral step of DDPM, eta = 0 the deterministic one of DDIM. `o
 D_t + h / (2 h') (D_t - D_t') of this and the last answer, h = log(s_t / s_u): DPM-Solver++(2M) for eta = 0 and its SDE
 form for eta = 1. The last step goes to s = 0 and returns D.
 
+Finished sources can be given noise of a level on the way, and the loop goes on from there: a restart (Xu et al.).
+
 Jonathan Ho, Ajay Jain, Pieter Abbeel, "Denoising Diffusion Probabilistic Models", 2020, https://arxiv.org/abs/2006.11239.
 Cheng Lu et al., "DPM-Solver++: Fast Solver for Guided Sampling of Diffusion Probabilistic Models", 2022,
 https://arxiv.org/abs/2211.01095.
+Yilun Xu et al., "Restart Sampling for Improving Generative Processes", 2023, https://arxiv.org/abs/2306.14878.
 
 B items, K sources, N samples.
 """
@@ -132,11 +135,17 @@ class Sampler:
         """Network evaluations per source and run, at most; a forward and its backward pass count as one."""
         return len(self.times)
 
-    def __call__(self, y: Tensor, noise: Noise) -> Iterator[State]:
-        """Run the loop on mixtures y (B, N), yielding every state."""
-        x = self.start(y, noise)
+    def __call__(self, y: Tensor, noise: Noise, sources: Tensor | None = None, first: int = 0) -> Iterator[State]:
+        """Run the loop on mixtures y (B, N), yielding every state.
+
+        With `sources` (B, K, N) it is a restart: it begins at step `first`, from them and noise of that step's level.
+        """
+        if sources is None:
+            x = self.start(y, noise)
+        else:
+            x = self.alphas[first] * (sources + self.ratios[first] * noise(len(self.prior), y))
         before: Tensor | None = None
-        for i, t in enumerate(self.times):
+        for i, t in enumerate(self.times[first:], first):
             x_t = x.detach().requires_grad_(self.needs_gradient)
             with torch.set_grad_enabled(self.needs_gradient):
                 denoised = self.denoise(x_t, y, i)

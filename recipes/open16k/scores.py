@@ -37,7 +37,7 @@ import numpy as np
 
 from audiosep import hub, recipe, results
 from audiosep.data import parse_task
-from audiosep.evaluate import guidance_facts, low_rank_facts
+from audiosep.evaluate import guidance_facts, low_rank_facts, refinement_facts
 from audiosep.metrics import paired_interval
 from audiosep.separator import (
     CLASSIFIER,
@@ -48,6 +48,7 @@ from audiosep.separator import (
     LOW_RANK,
     REFINE,
     REFINER,
+    RESTARTS,
     TAGGER,
 )
 
@@ -65,7 +66,9 @@ RIVALS = {
     "outside the corpus: ": HERE.parent / "outside/results/summary.json",
 }
 EARLIER = {
+    "refined-once": "refined once, by an earlier network",
     "unrefined": "no refinement",
+    "unnamed-unrefined": "no refinement where no class is named",
     "unnamed": "no low-rank guidance where no class is named, in the best order",
     "labels": "the sound prior told the classes",
     "even-leaks": "a classifier that was trained without faulty masks",
@@ -107,14 +110,16 @@ def listeners() -> dict[str, str]:
 
 def current(found: dict[str, Any]) -> dict[str, Any]:
     """The summary, if it is of the classifiers and constants of today; SystemExit otherwise."""
-    voices, sounds = parse_task(found["task"])
+    _, sounds = parse_task(found["task"])
+    refinement = refinement_facts(REFINE, RESTARTS, found["task"], found["labels"])
     asked = {TAGGER} if sounds == 1 else {TAGGER, CLASSIFIER}
     today = {
         "classifiers": {name: listeners()[name] for name in sorted(asked)},
         "exchange": {"likeness": LIKENESS, "lead": LEAD},
         "guidance": guidance_facts(GUIDANCE),
         "low rank": low_rank_facts(LOW_RANK, sounds, found["labels"]),
-        "refiner": {"refiner": listeners()[REFINER], "share": REFINE} if voices < 2 and found["labels"] else None,
+        "refiner": {REFINER: listeners()[REFINER]} if refinement else None,
+        "refinement": refinement or None,
     }
     if sounds > 1 and not found["labels"]:  # listeners can't tell them apart
         today = {"low rank": today["low rank"]}

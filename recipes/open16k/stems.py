@@ -1,7 +1,8 @@
 """Stems to train a refiner on, and to choose its weights by: of mixtures whose sources are known.
 
 Of `train` they are estimates that the sampler had on its way, at any noise, in short runs with and without class
-guidance; of `valid` what the default separator answers in the end, without a refiner.
+guidance, sometimes of a voice and of all the rest as one `sound`; of `valid` what the default separator answers in the
+end, without a refiner.
 
     python recipes/open16k/stems.py --split train --seed 6000 --minutes 60 -o data/stems
     python recipes/open16k/stems.py --split valid --seed 5 --count 10 -o data/stems-valid
@@ -28,6 +29,7 @@ from audiosep.samplers import Noise
 
 SHORT = ({"steps": 7}, {"steps": 8, "guidance": 0}, {"steps": 10})  # runs along which estimates are taken
 EACH = 4  # mixtures a file
+UNNAMED = 0.25  # share of the files of one voice in which what else sounds is one stem without a class
 
 
 def along(separator: Separator, item: dict[str, Any], rng: np.random.Generator) -> Iterator[Tensor]:
@@ -47,6 +49,13 @@ def along(separator: Separator, item: dict[str, Any], rng: np.random.Generator) 
     for k in rng.choice(np.arange(1, len(seen)), 2, replace=False):
         yield seen[k][0].cpu()
     yield last[0].cpu()
+
+
+def one_sound(names: list[str], sources: Tensor) -> dict[str, Any]:
+    """Names and sources of a voice and of all other sources (K, N) together, which have no class."""
+    voice = names.index("speech")
+    rest = sources.sum(0) - sources[voice]
+    return {"names": ["speech", "sound"], "sources": torch.stack((sources[voice], rest))}
 
 
 @torch.no_grad()
@@ -77,8 +86,11 @@ def main() -> None:
         if n == options.count or (options.minutes and time.monotonic() - began > 60 * options.minutes):
             return
         dataset, rows = mixtures[n % len(tasks)], []
+        joined = options.split == "train" and dataset.n_speech == 1 and rng.random() < UNNAMED
         for k in range(EACH):
             item = dataset[n // len(tasks) * EACH + k]
+            if joined:
+                item |= one_sound(item["names"], item["sources"])
             separator = separators[rng.integers(len(separators))]
             if options.split == "train":
                 level = separator.gain(item["mixture"][None], separator.resolve(item["names"]))
