@@ -330,11 +330,14 @@ def low_rank_facts(share: float, sounds: int, labels: bool) -> dict[str, Any]:
     return facts if labels else facts | {"rest": REST_RANK}
 
 
-def refinement_facts(share: float, restarts: int, task: str, labels: bool) -> dict[str, Any]:
+def refinement_facts(share: float, restarts: int | None, task: str, labels: bool) -> dict[str, Any]:
     """The same of refinement; empty where sources are called alike, or too many: it isn't asked there."""
     voices, sounds = parse_task(task)
     apart = voices < 2 and (labels or sounds < 2) and 1 < voices + sounds <= MOST_SOURCES
-    return {"share": share, "restarts": restarts, "steps": AGAIN, "bound": BOUND} if share and apart else {}
+    if not share or not apart:
+        return {}
+    facts = {"share": share, "restarts": voices + sounds - 1 if restarts is None else restarts, "steps": AGAIN}
+    return facts if labels else facts | {"bound": BOUND}
 
 
 def _trials(plan: Plan, tables: Mapping[str, Any], given: Mapping[str, Separates], out: Path | None) -> list[Trial]:

@@ -62,8 +62,7 @@ LIKENESS = 2.5
 LEAD = 3.0
 GUIDANCE = 0.55  # step of the class guidance, chosen on held-out mixtures
 REFINE = 1.0  # share of the refiner's fields, chosen on held-out mixtures
-RESTARTS = 2  # after refinement, chosen there, too
-AGAIN = 2  # steps of each restart
+AGAIN = 2  # steps of each restart after refinement, chosen there, too
 LOW_RANK = 0.2  # share of the low-rank guidance, chosen there, too
 RANKS = {"speech": 8}  # of a kind's spectrograms; those of one sound are 1
 REST_RANK = 4  # of the one sound that has no class: it may be all the rest
@@ -159,7 +158,7 @@ class Separator:
             (see `audiosep.refiner`). None is the preset's own. Only the default preset's own sampler has it, for two
             or three sources of different names that the network knows.
         restarts: how often, where stems are refined, the sampler takes its last steps again from the refined stems,
-            which are then refined in their turn. None is the preset's own.
+            which are then refined in their turn. None is the preset's own, one less than there are sources.
         least_noise: level of the sampler's last step, relative to full scale. At 0.063, which is the default preset's
             for its own sampler without a mixing, a sample is the mean of what the sources could still become: nearer to
             the truth on average, and found in half the time. At 0.002, the other samplers', it is a sample, with all
@@ -253,7 +252,7 @@ class Separator:
         self.guidance = float(GUIDANCE if guidance is None else guidance) if guided else 0.0
         self.low_rank = float(LOW_RANK if low_rank is None else low_rank) if guided else 0.0
         self.refine = float(REFINE if refine is None else refine) if guided else 0.0
-        self.restarts = (RESTARTS if restarts is None else restarts) if self.refine else 0
+        self.restarts = restarts if guided else 0
         self.least_noise = LEAST_NOISE if guided and least_noise is None else least_noise
         self.sampling = dict(sampling or {})
         self.segment, self.overlap = segment or SEGMENT, overlap
@@ -620,6 +619,12 @@ class Separator:
         refiner = None if alike or self._of_its_own(sources) else self.refiner
         return refiner if refiner is not None and refiner.knows(self.classes_of(sources)) else None
 
+    def restarts_of(self, sources: Sequence[Source]) -> int:
+        """How often the last steps follow again."""
+        if self.refiner_of(sources) is None:
+            return 0
+        return len(sources) - 1 if self.restarts is None else self.restarts
+
     def _of_its_own(self, sources: Sequence[Source]) -> bool:
         """Whether one of the priors may be of a sound of its own: it has no classes, and isn't of speech."""
         priors = [self.priors[source.prior] for source in sources]
@@ -639,7 +644,7 @@ class Separator:
             "guidance": self.guidance if told else 0.0,
             "low_rank": self.low_rank if low else 0.0,
             "refine": self.refine if refined else 0.0,
-            "restarts": self.restarts if refined else 0,
+            "restarts": self.restarts_of(sources),
         }
 
     def _guides(self, sources: Sequence[Source]) -> list[tuple[list[int], ClassGuidance]]:
@@ -770,7 +775,7 @@ class Job:
                 self.sampler.evaluations // steps,
             )
         self.first = max(0, steps - AGAIN)
-        self.restarts = separator.restarts if self.refiner is not None else 0
+        self.restarts = separator.restarts_of(self.sources)
         return steps + self.restarts * (steps - self.first)
 
     def run(self, blocks: Iterable[np.ndarray]) -> Iterator[Piece]:

@@ -229,18 +229,19 @@ def test_rows_are_the_low_ranks_too_where_a_sound_is(manifest, tmp_path):
 def test_rows_are_the_refiners_too_where_names_differ(manifest, tmp_path):
     asked = []
     cases = [("2sound", True), ("2sound", False), ("2speech", True), ("1speech+1sound", False)]
-    facts = {"share": 0.5, "restarts": 3, "steps": AGAIN, "bound": BOUND}
+    facts = {"share": 0.5, "restarts": 1, "steps": AGAIN}
     for task, labels in cases:
         for digest in (None, "first", "second"):
             fake = Fake(manifest, task)
-            fake.refine, fake.restarts, fake.refiner = 0.5, 3, None
+            fake.refine, fake.restarts, fake.refiner = 0.5, None, None
             if digest:
                 fake.refiner = Refiner(["Bark"], width=2, mels=8)
                 fake.refiner.origin = {"sha256": digest}
             summary = run(manifest, fake, task=task, out=tmp_path / f"{task}{labels}", count=2, labels=labels)
             asked.append(len(fake.asked))
             told = [summary.get(key) for key in ("refiner", "refinement")]
-            assert told == ([{"refiner": digest}, facts] if digest and asked[-1] else [None, None])
+            expected = facts if labels else facts | {"bound": BOUND}
+            assert told == ([{"refiner": digest}, expected] if digest and asked[-1] else [None, None])
     assert asked == [2, 2, 2, 2, 0, 0, 2, 0, 0, 2, 2, 2]
 
 

@@ -8,7 +8,7 @@ import torch
 from audiosep.data import Item, MixtureDataset
 from audiosep.errors import UsageError
 from audiosep.metrics import si_sdr
-from audiosep.refiner import Refiner, Stems, faulty, read_stems, resized, write_stems
+from audiosep.refiner import BOUND, Refiner, Stems, faulty, read_stems, resized, write_stems
 from audiosep.stft import stft
 
 RATE = 16000
@@ -58,6 +58,17 @@ def test_the_sum_stays_what_it_was_at_any_level_and_length():
             assert moved.isfinite().all()
             torch.testing.assert_close(moved.sum(1), x.sum(1), atol=1e-5 * max(level, 1e-9), rtol=1e-4)
             assert level == 0 or not torch.allclose(moved, x, atol=1e-3 * level)
+
+
+def test_fields_are_bounded_where_a_sound_has_no_class():
+    refiner = small().eval()
+    torch.nn.init.normal_(refiner.out.weight, std=5.0)
+    x = torch.randn(3, 3, RATE, generator=torch.Generator().manual_seed(1))
+    fields = refiner(stft(x, 1024, 256), torch.tensor([[0, 1, 2], [0, 2, 3], [0, 1, -1]]))
+    largest = fields.abs().amax((1, 2, 3))
+    assert largest[1] > 2 * BOUND
+    assert (largest[[0, 2]] <= BOUND).all()
+    assert not fields[2, 2].any()
 
 
 def test_a_field_does_not_depend_on_the_level():

@@ -48,7 +48,6 @@ from audiosep.separator import (
     LOW_RANK,
     REFINE,
     REFINER,
-    RESTARTS,
     TAGGER,
 )
 
@@ -111,7 +110,7 @@ def listeners() -> dict[str, str]:
 def current(found: dict[str, Any]) -> dict[str, Any]:
     """The summary, if it is of the classifiers and constants of today; SystemExit otherwise."""
     _, sounds = parse_task(found["task"])
-    refinement = refinement_facts(REFINE, RESTARTS, found["task"], found["labels"])
+    refinement = refinement_facts(REFINE, None, found["task"], found["labels"])
     asked = {TAGGER} if sounds == 1 else {TAGGER, CLASSIFIER}
     today = {
         "classifiers": {name: listeners()[name] for name in sorted(asked)},
