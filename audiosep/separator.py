@@ -156,7 +156,7 @@ class Separator:
             the rest, has a higher rank and no last step.
         refine: how far a network that has heard all of a mixture's stems moves them in the end, 0..1, 0 for not at all
             (see `audiosep.refiner`). None is the preset's own. Only the default preset's own sampler has it, for two
-            or three sources of different names that the network knows.
+            or three sources of different names that the network knows, no sound without a class.
         restarts: how often, where stems are refined, the sampler takes its last steps again from the refined stems,
             which are then refined in their turn. None is the preset's own, one less than there are sources.
         least_noise: level of the sampler's last step, relative to full scale. At 0.063, which is the default preset's

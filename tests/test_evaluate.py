@@ -18,7 +18,7 @@ from audiosep.data import MixtureDataset, read_manifest
 from audiosep.errors import AudiosepError, UsageError
 from audiosep.lowrank import LAST
 from audiosep.prior import Prior
-from audiosep.refiner import BOUND, Refiner
+from audiosep.refiner import Refiner
 from audiosep.schedules import vp_linear
 from audiosep.separator import AGAIN, LABEL_NOISE, REST_RANK
 from audiosep.tagger import Ensemble, Tagger
@@ -240,9 +240,8 @@ def test_rows_are_the_refiners_too_where_names_differ(manifest, tmp_path):
             summary = run(manifest, fake, task=task, out=tmp_path / f"{task}{labels}", count=2, labels=labels)
             asked.append(len(fake.asked))
             told = [summary.get(key) for key in ("refiner", "refinement")]
-            expected = facts if labels else facts | {"bound": BOUND}
-            assert told == ([{"refiner": digest}, expected] if digest and asked[-1] else [None, None])
-    assert asked == [2, 2, 2, 2, 0, 0, 2, 0, 0, 2, 2, 2]
+            assert told == ([{"refiner": digest}, facts] if digest and asked[-1] else [None, None])
+    assert asked == [2, 2, 2, 2, 0, 0, 2, 0, 0, 2, 0, 0]
 
 
 @pytest.mark.parametrize("world", [1, 2])

@@ -67,7 +67,6 @@ RIVALS = {
 EARLIER = {
     "refined-once": "refined once, by an earlier network",
     "unrefined": "no refinement",
-    "unnamed-unrefined": "no refinement where no class is named",
     "unnamed": "no low-rank guidance where no class is named, in the best order",
     "labels": "the sound prior told the classes",
     "even-leaks": "a classifier that was trained without faulty masks",
