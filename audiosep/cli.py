@@ -169,7 +169,10 @@ def separate(
     ] = None,
     restarts: Annotated[
         int | None,
-        typer.Option(min=0, help="How often the last steps follow again after a correction.  [default: the preset's]"),
+        typer.Option(
+            min=0,
+            help="How often the last steps are taken again from corrected stems.  [default: one less than sources]",
+        ),
     ] = None,
     least_noise: Annotated[
         float | None,

@@ -50,7 +50,7 @@ from audiosep.mixing import BANDS, RATE, best_permutation
 from audiosep.progress import Callback
 from audiosep.recipe import build, check_tables
 from audiosep.refiner import MOST_SOURCES
-from audiosep.separator import AGAIN, LEAD, LIKENESS, RANKS, REST_RANK, Separates, Separation, mix_seed
+from audiosep.separator import AGAIN, LEAD, LIKENESS, RANKS, REST_RANK, Separates, Separation, mix_seed, restarts_for
 
 __all__ = ["MAKERS", "Plan", "Unprocessed", "run", "score"]
 
@@ -335,7 +335,7 @@ def refinement_facts(share: float, restarts: int | None, task: str, labels: bool
     voices, sounds = parse_task(task)
     if not share or not labels or voices > 1 or not 1 < voices + sounds <= MOST_SOURCES:
         return {}
-    return {"share": share, "restarts": voices + sounds - 1 if restarts is None else restarts, "steps": AGAIN}
+    return {"share": share, "restarts": restarts_for(voices + sounds, restarts), "steps": AGAIN}
 
 
 def _trials(plan: Plan, tables: Mapping[str, Any], given: Mapping[str, Separates], out: Path | None) -> list[Trial]:

@@ -10,7 +10,7 @@ guidance,
     X_k + (softmax_k(log P_k + D_k) - softmax_k(log P_k)) Y,    loss = -mean_k of the SNR in dB,
 
 with P_k the power of X_k around each time-frequency bin. Class guidance asks, step by step, what a region is of; this
-one is asked once, at the end, and has learned what samplers get wrong.
+one is asked of finished stems and has learned what samplers get wrong.
 
 It is trained on mixtures of the clips that the priors were trained on, as tagger and classifier are: on estimates that
 the sampler had on its way (`separated`), and on what random faulty masks leave of true sources.
@@ -216,7 +216,7 @@ class Stems(TaskMixtures):
         folder: str | None = None,
         separated: float = 0.65,
         unnamed: float = 0.1,
-        joined: float = 0.3,
+        joined: float = 0.0,
         equaliser: float = 6.0,
         speed: float = 0.1,
     ) -> None:

@@ -117,6 +117,11 @@ def audible(stems: Tensor) -> Tensor:
     return ((level - level.amax(-1, keepdim=True) - INACTIVE) / 20).clamp(0, 1)
 
 
+def restarts_for(sources: int, asked: int | None) -> int:
+    """How often so many sources that are refined are sampled again, None being asked for or a number."""
+    return sources - 1 if asked is None else asked
+
+
 def numbered(sources: Sequence[Source]) -> list[Source]:
     """The sources with names of their own: two of "speech" become speech_1 and speech_2."""
     names = [source.name for source in sources]
@@ -154,11 +159,12 @@ class Separator:
             the whole way at most (see `audiosep.lowrank`). None is the preset's own. Only the default preset's own
             sampler has it, where there are sounds, and one voice at most; one sound without a class, which may be all
             the rest, has a higher rank and no last step.
-        refine: how far a network that has heard all of a mixture's stems moves them in the end, 0..1, 0 for not at all
+        refine: how far a network that has heard all of a mixture's stems moves them each time, 0..1, 0 for not at all
             (see `audiosep.refiner`). None is the preset's own. Only the default preset's own sampler has it, for two
             or three sources of different names that the network knows, no sound without a class.
-        restarts: how often, where stems are refined, the sampler takes its last steps again from the refined stems,
-            which are then refined in their turn. None is the preset's own, one less than there are sources.
+        restarts: how often, where stems are refined, the sampler takes its last two steps again from them, and they are
+            refined anew. None is one less than there are sources, and 0 where the sampler ends at other noise than the
+            default's.
         least_noise: level of the sampler's last step, relative to full scale. At 0.063, which is the default preset's
             for its own sampler without a mixing, a sample is the mean of what the sources could still become: nearer to
             the truth on average, and found in half the time. At 0.002, the other samplers', it is a sample, with all
@@ -252,8 +258,9 @@ class Separator:
         self.guidance = float(GUIDANCE if guidance is None else guidance) if guided else 0.0
         self.low_rank = float(LOW_RANK if low_rank is None else low_rank) if guided else 0.0
         self.refine = float(REFINE if refine is None else refine) if guided else 0.0
-        self.restarts = restarts if guided else 0
         self.least_noise = LEAST_NOISE if guided and least_noise is None else least_noise
+        as_chosen = guided and self.least_noise == LEAST_NOISE
+        self.restarts = restarts if as_chosen or restarts is not None else 0
         self.sampling = dict(sampling or {})
         self.segment, self.overlap = segment or SEGMENT, overlap
         self.seed, self.consistent = seed, consistent
@@ -620,10 +627,8 @@ class Separator:
         return refiner if refiner is not None and refiner.knows(self.classes_of(sources)) else None
 
     def restarts_of(self, sources: Sequence[Source]) -> int:
-        """How often the last steps follow again."""
-        if self.refiner_of(sources) is None:
-            return 0
-        return len(sources) - 1 if self.restarts is None else self.restarts
+        """How often the sampler takes its last steps again."""
+        return restarts_for(len(sources), self.restarts) if self.refiner_of(sources) is not None else 0
 
     def _of_its_own(self, sources: Sequence[Source]) -> bool:
         """Whether one of the priors may be of a sound of its own: it has no classes, and isn't of speech."""
@@ -774,9 +779,10 @@ class Job:
                 separator.sampler,
                 self.sampler.evaluations // steps,
             )
-        self.first = max(0, steps - AGAIN)
-        self.restarts = separator.restarts_of(self.sources)
-        return steps + self.restarts * (steps - self.first)
+        again = min(AGAIN, steps // 2)  # a restart from much noise would be another run
+        self.restart_at = steps - again
+        self.restarts = separator.restarts_of(self.sources) if again else 0
+        return steps + self.restarts * again
 
     def run(self, blocks: Iterable[np.ndarray]) -> Iterator[Piece]:
         """Separate a stream of blocks (C, n)."""
@@ -876,7 +882,8 @@ class Job:
             found = self._by_class(found, each)
         found = self._refined(found)
         for _ in range(self.restarts):
-            found = [self._run_sampler(rows * gain, noise, count, x, self.first) for x, noise in zip(found, noises)]
+            starts = [(x, self.restart_at) for x in found]
+            found = [self._run_sampler(rows * gain, noise, count, start) for noise, start in zip(noises, starts)]
             found = self._refined(found)
         drawn, scores = [], []
         for x in found:
@@ -897,11 +904,9 @@ class Job:
         labels = self.labels.to(samples[0].device).expand(len(samples[0]), -1)
         return self.refiner.refine(samples, labels, self.separator.refine)
 
-    def _run_sampler(
-        self, y: Tensor, noise: Noise, count: int, sources: Tensor | None = None, first: int = 0
-    ) -> Tensor:
+    def _run_sampler(self, y: Tensor, noise: Noise, count: int, restart: tuple[Tensor, int] | None = None) -> Tensor:
         x = y[:, None]
-        for state in self.sampler(y, noise, sources, first):
+        for state in self.sampler(y, noise, restart):
             x = state.x
             self.done += count
             self.evaluations += len(y) * len(self.sources) * self.sampler.passes

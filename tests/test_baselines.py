@@ -123,6 +123,8 @@ def test_gating_parts_bursts_from_a_hum():
     assert load("spectral-gating", "cpu", guidance=0.0).guidance == 0
     with pytest.raises(UsageError, match="it has no guidance"):
         load("spectral-gating", "cpu", guidance=0.3)
+    with pytest.raises(UsageError, match="it has no restarts"):
+        load("spectral-gating", "cpu", restarts=2)
     with pytest.raises(UsageError, match="it has no least_noise"):
         load("spectral-gating", "cpu", least_noise=0.01)
     stems = separator((bursts + hum)[None], RATE).sources

@@ -226,6 +226,21 @@ def test_rows_are_the_low_ranks_too_where_a_sound_is(manifest, tmp_path):
     assert asked == [2, 2, 2, 2, 2, 0, 2, 2, 2, 2, 2, 2]
 
 
+@pytest.mark.parametrize(
+    ("task", "restarts", "labels", "found"),
+    [
+        ("3sound", None, True, 2),
+        ("1speech+2sound", 0, True, 0),
+        ("4sound", None, True, None),
+        ("1speech+1sound", None, False, None),
+        ("1sound", None, True, None),
+    ],
+)
+def test_refinement_is_told_where_it_is_asked(task, restarts, labels, found):
+    assert evaluate.refinement_facts(1.0, restarts, task, labels).get("restarts") == found
+    assert not evaluate.refinement_facts(0.0, restarts, task, labels)
+
+
 def test_rows_are_the_refiners_too_where_names_differ(manifest, tmp_path):
     asked = []
     cases = [("2sound", True), ("2sound", False), ("2speech", True), ("1speech+1sound", False)]
@@ -510,8 +525,8 @@ def test_the_real_separator(manifest, tmp_path, monkeypatch):
     }
     default, late = evaluate.run(recipe)
     assert default["count"] == 1
-    # Each of the two sounds is tried under both classes, at every level of `LABEL_NOISE`; the restart is of two steps.
-    assert (default["evaluations"], late["evaluations"]) == (6 + 4 * len(LABEL_NOISE) + 6, 9)
+    # Each of the two sounds is tried under both classes, at every level of `LABEL_NOISE`; the restart is of one step.
+    assert (default["evaluations"], late["evaluations"]) == (6 + 4 * len(LABEL_NOISE) + 3, 9)
     assert default["weights"]["speech"]
     assert np.isfinite(default["si_sdr"]["mean"])
     again = evaluate.run(recipe, tmp_path / "seeds")

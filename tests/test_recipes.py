@@ -586,6 +586,13 @@ def test_the_refiners_recipe_builds():
     recipe.build(fit._card, tables["card"], "card")
 
 
+def test_a_voice_and_all_the_rest():
+    sources = torch.randn(3, 7)
+    found = prepare("open16k", "stems").one_sound(["Bark", "speech", "Bell"], sources)
+    assert found["names"] == ["speech", "sound"]
+    torch.testing.assert_close(found["sources"], torch.stack((sources[1], sources[0] + sources[2])))
+
+
 MEASURED = {path: recipe.load(path) for path in sorted(RECIPES.glob("*/*.toml")) if "evaluate" in recipe.load(path)}
 
 

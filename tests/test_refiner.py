@@ -110,7 +110,9 @@ def test_it_knows_sources_of_different_names_only():
     alike = (["speech", "speech"], ["Low", "low"], ["speech"])
     for names in (*alike, ["speech", "Bell"], ["speech", "sound"], ["Low", "sound"]):
         assert not refiner.knows(names)
-    assert not refiner.knows(["speech", "sound", "Low", "High"])  # it never heard four
+    more = Refiner(["Low", "Mid", "High"], width=2, mels=8)
+    assert more.knows(["speech", "Low", "Mid"])
+    assert not more.knows(["speech", "Low", "Mid", "High"])  # it never heard four
     assert refiner.numbers(["high", "speech", "Bell"]).tolist() == [3, 0, -1]
 
 
@@ -247,6 +249,22 @@ def test_what_varies_varies_stems_and_sources_alike(mixtures):
         torch.testing.assert_close(item["stems"].sum(0), item["sources"].sum(0), atol=1e-4, rtol=0)
     plain = Stems([mixtures["1speech+1sound"]], small(), equaliser=0.0)
     assert not torch.allclose(plain[0]["sources"], data[0]["sources"], atol=1e-3)
+
+
+def test_any_sound_of_three_may_be_the_one_that_is_kept(mixtures):
+    data = Stems([mixtures["1speech+1sound"]], small(), joined=1.0, unnamed=1.0)
+    waves, names = torch.randn(2, 3, 5), ["Low", "High", "Bell"]
+    seen = set()
+    for seed in range(20):
+        stems, sources, found = data._less_named(*waves, names, np.random.default_rng(seed))
+        k = names.index(found[0])
+        seen.add(k)
+        assert found == [names[k], "sound"]
+        for x, whole in ((stems, waves[0]), (sources, waves[1])):
+            torch.testing.assert_close(x, torch.stack((whole[k], whole.sum(0) - whole[k])))
+    assert seen == {0, 1, 2}
+    rows = (*waves[:, :2], ["speech", "sound"])  # as they were written
+    assert data._less_named(*rows, np.random.default_rng(0)) == rows
 
 
 def test_one_sound_has_no_class_or_is_all_others(mixtures):

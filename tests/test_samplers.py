@@ -148,7 +148,7 @@ def test_a_restart_goes_on_from_sources_in_noise(gaussian, first):
     sampler = build(gaussian.joint, sampler="mmps")
     y = gaussian.mixture.expand(3, -1)
     sources = y[:, None].expand(-1, len(gaussian.joint), -1)
-    states = list(sampler(y, Noise(range(3)), sources, first))
+    states = list(sampler(y, Noise(range(3)), (sources, first)))
     assert [state.step for state in states] == list(range(first + 1, len(sampler.times) + 1))
     begun = states[0].x_t / sampler.alphas[first]
     torch.testing.assert_close((begun - sources).std().item(), sampler.ratios[first], rtol=0.05, atol=0)
@@ -160,7 +160,7 @@ def test_a_restart_goes_on_from_sources_in_noise(gaussian, first):
 def test_a_restart_from_the_exact_posterior_stays_there(gaussian):
     samples, _ = draw(gaussian, 24, steps=12, **EXACT)
     sampler = build(gaussian.joint, steps=12, **EXACT)
-    for state in sampler(gaussian.mixture.expand(24, -1), Noise(range(100, 124)), samples.float(), 6):
+    for state in sampler(gaussian.mixture.expand(24, -1), Noise(range(100, 124)), (samples.float(), 6)):
         again = state.x.double()
     before, after = accuracy(gaussian, samples), accuracy(gaussian, again)
     assert (again - samples).norm() > 0.1 * (samples - samples.mean(0)).norm()  # others of its samples

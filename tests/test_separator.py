@@ -324,8 +324,11 @@ def test_a_separator_guides_by_low_rank_where_a_sound_is():
 class Partial(Refiner):
     """Is sure that all is "Low"."""
 
+    answers = 0
+
     def forward(self, bins, labels):
         self.asked = labels
+        self.answers += 1
         return 99.0 * (labels == 2)[..., None, None].expand(bins.shape)
 
 
@@ -361,18 +364,47 @@ def test_a_separator_refines_where_the_names_differ(partial):
     assert not silent.sources["low"].any()
 
 
-def test_the_last_steps_follow_again_after_refinement(partial):
-    wave = (tone(400) + tone(3500, 0.05)).numpy()[None]
-    asked = []
-    for restarts, share in ((0, 1), (3, 1), (3, 0)):
-        separator, done = banded(steps=5, samples=1, refine=share, restarts=restarts), [(0, 0)]
-        found = separator(wave, 16000, ["High", "Low"], lambda *args, done=done: done.append(args[:2]))
-        np.testing.assert_allclose(sum(found.sources.values()), wave, atol=1e-6)
-        steps = len(done) - 1
-        assert done[-1] == (steps, steps)
-        asked.append((found.report["sampler"]["restarts"], steps, found.report["network_evaluations"]))
-    plain = asked[0][2]
-    assert asked == [(0, 5, plain), (3, 5 + 3 * AGAIN, plain + 2 * 3 * AGAIN), (0, 5, plain)]
+@pytest.mark.parametrize(
+    ("options", "restarts", "steps", "answers"),
+    [
+        ({"restarts": 0}, 0, 5, 1),
+        ({}, 1, 5 + AGAIN, 2),  # one less than sources
+        ({"restarts": 3}, 3, 5 + 3 * AGAIN, 4),
+        ({"restarts": 3, "refine": 0}, 0, 5, 0),
+        ({"least_noise": 0.002}, 0, 5, 1),  # not chosen for where this ends
+        ({"steps": 2}, 1, 2 + 1, 2),  # never more than half of the steps again
+        ({"steps": 1}, 1, 1, 1),
+    ],
+)
+def test_the_last_steps_follow_again_after_refinement(partial, options, restarts, steps, answers):
+    wave, done = (tone(400) + tone(3500, 0.05)).numpy()[None], []
+    separator = banded(**{"steps": 5, "samples": 1} | options)
+    found = separator(wave, 16000, ["High", "Low"], lambda *args: done.append(args[:2]))
+    np.testing.assert_allclose(sum(found.sources.values()), wave, atol=1e-6)
+    assert (len(done), done[-1], partial.answers) == (steps, (steps, steps), answers)
+    assert found.report["sampler"]["restarts"] == restarts
+    assert separator.restarts_of(separator.resolve(["High", "Low"])) == restarts
+
+
+def test_restarts_begin_with_the_refined_stems(partial, monkeypatch):
+    begun, refined = [], []
+    run, refine = Job._run_sampler, Job._refined
+    monkeypatch.setattr(Job, "_run_sampler", lambda *args: begun.append(args[4:]) or run(*args))
+    monkeypatch.setattr(Job, "_refined", lambda *args: refined.append(refine(*args)) or refined[-1])
+    wave = np.stack([tone(400).numpy(), tone(3500, 0.05).numpy()])
+    found = banded(steps=5, samples=2, restarts=2)(wave, 16000, ["High", "Low"])
+    assert begun[:2] == [(), ()]
+    starts = [start for ((start, at),) in begun[2:] if at == 5 - AGAIN]
+    assert len(starts) == 4
+    assert all(torch.equal(*pair) for pair in zip(starts, refined[0] + refined[1]))
+    np.testing.assert_allclose(sum(found.sources.values()), wave, atol=1e-6)
+
+
+def test_restarts_are_the_same_alone_and_in_batches(partial):
+    wave = recording(1, 3.3)
+    options = {"steps": 5, "samples": 2, "segment": 1.0, "restarts": 2}
+    alone, batched = (banded(batch=b, **options)(wave, 16000, ["High", "Low"]).sources["low"] for b in (1, 3))
+    np.testing.assert_allclose(alone, batched, atol=1e-5)
 
 
 def test_a_separator_without_a_refiner_says_so(monkeypatch, caplog):
@@ -504,8 +536,7 @@ def test_same_seed_same_stems_and_another_seed_others(make):
 
 def test_segments_separate_the_same_alone_and_in_batches(make):
     wave = recording(1, 3.3)
-    # bfloat16 would make much of differences in rounding.
-    alone, batched = (make(batch=b, dtype="float32")(wave, 16000).sources["speech"] for b in (1, 3))
+    alone, batched = (make(batch=b)(wave, 16000).sources["speech"] for b in (1, 3))
     assert np.allclose(alone, batched, atol=1e-5)
 
 
@@ -611,7 +642,7 @@ def test_several_samples_give_mean_best_and_spread(make):
 
 
 def test_the_default_preset_averages_samples_without_ranking_them(make):
-    result = make(samples=None, restarts=0)(recording(), 16000)
+    result = make(samples=None)(recording(), 16000)
     assert result.report["sampler"]["samples"] > 1
     assert result.spread
     assert not result.best
@@ -685,7 +716,7 @@ def test_a_file_that_breaks_half_way_leaves_nothing_behind(make, tmp_path):
 
 def test_out_of_memory_halves_the_batch_and_goes_on(make, monkeypatch):
     wave = recording(1, 4.0)
-    expected = make(batch=4, dtype="float32")(wave, 16000).sources["speech"]
+    expected = make(batch=4)(wave, 16000).sources["speech"]
     attempts, attempt = [], Job._attempt
 
     def small_memory(job, waves):
@@ -695,7 +726,7 @@ def test_out_of_memory_halves_the_batch_and_goes_on(make, monkeypatch):
         return attempt(job, waves)
 
     monkeypatch.setattr(Job, "_attempt", small_memory)
-    assert np.allclose(make(batch=4, dtype="float32")(wave, 16000).sources["speech"], expected, atol=1e-5)
+    assert np.allclose(make(batch=4)(wave, 16000).sources["speech"], expected, atol=1e-5)
     assert attempts[:3] == [4, 2, 1]
 
     def no_memory(job, waves):

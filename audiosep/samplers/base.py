@@ -135,14 +135,15 @@ class Sampler:
         """Network evaluations per source and run, at most; a forward and its backward pass count as one."""
         return len(self.times)
 
-    def __call__(self, y: Tensor, noise: Noise, sources: Tensor | None = None, first: int = 0) -> Iterator[State]:
+    def __call__(self, y: Tensor, noise: Noise, restart: tuple[Tensor, int] | None = None) -> Iterator[State]:
         """Run the loop on mixtures y (B, N), yielding every state.
 
-        With `sources` (B, K, N) it is a restart: it begins at step `first`, from them and noise of that step's level.
+        A restart begins with sources (B, K, N) in noise of the level of a step, numbered from 0.
         """
-        if sources is None:
-            x = self.start(y, noise)
+        if restart is None:
+            x, first = self.start(y, noise), 0
         else:
+            sources, first = restart
             x = self.alphas[first] * (sources + self.ratios[first] * noise(len(self.prior), y))
         before: Tensor | None = None
         for i, t in enumerate(self.times[first:], first):

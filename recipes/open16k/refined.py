@@ -71,7 +71,8 @@ def main() -> None:
     lines = []
     for task, own in found.items():
         means = {name: round(sum(row[name] for row in own) / len(own), 2) for name in own[0]}
-        lines.append(json.dumps({"task": task, "mixtures": len(own), **means}))
+        about = {"task": task, "mixtures": len(own), "refiner": refiner.origin["sha256"]}
+        lines.append(json.dumps(about | means))
     options.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))
 

@@ -345,6 +345,8 @@ def told() -> str:
 def refined() -> str:
     """The table `refined`: SI-SDR of held-out stems in dB, by how far they are moved."""
     rows = {row.pop("task"): row for row in read(HERE / "results/refined.jsonl")}
+    if {row.pop("refiner") for row in rows.values()} != {listeners()[REFINER]}:
+        raise SystemExit("results/refined.jsonl: measured with another refiner")
     counts = {task: row.pop("mixtures") for task, row in rows.items()}
     head = ["held-out stems", *(f"{TASKS[task]}, {count}" for task, count in counts.items())]
     return table(head, [[name, *(number(row[name]) for row in rows.values())] for name in next(iter(rows.values()))])
