@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,7 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     if options.minutes is None and options.count is None:
         parser.error("say --minutes or --count")
-    short = SHORT if options.split == "train" else ({"refine": 0},)
+    short: Sequence[dict[str, Any]] = SHORT if options.split == "train" else ({},)
     separators = [
         Separator.from_pretrained("speech,sound", device=options.device, **{"refine": 0, **more}) for more in short
     ]
