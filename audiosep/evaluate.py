@@ -49,7 +49,7 @@ from audiosep.lowrank import LAST, UPDATES, VAGUE
 from audiosep.mixing import BANDS, RATE, best_permutation
 from audiosep.progress import Callback
 from audiosep.recipe import build, check_tables
-from audiosep.refiner import MOST_SOURCES
+from audiosep.refiner import BOUND, MOST_SOURCES
 from audiosep.separator import AGAIN, LEAD, LIKENESS, RANKS, REST_RANK, Separates, Separation, mix_seed, restarts_for
 
 __all__ = ["MAKERS", "Plan", "Unprocessed", "run", "score"]
@@ -331,11 +331,14 @@ def low_rank_facts(share: float, sounds: int, labels: bool) -> dict[str, Any]:
 
 
 def refinement_facts(share: float, restarts: int | None, task: str, labels: bool) -> dict[str, Any]:
-    """The same of refinement; empty where sources have one name, no class, or are too many: it isn't asked there."""
+    """The same of refinement; empty where sources are called alike, or too many: it isn't asked there."""
     voices, sounds = parse_task(task)
-    if not share or not labels or voices > 1 or not 1 < voices + sounds <= MOST_SOURCES:
+    apart = voices < 2 and (labels or sounds < 2) and 1 < voices + sounds <= MOST_SOURCES
+    if not share or not apart:
         return {}
-    return {"share": share, "restarts": restarts_for(voices + sounds, restarts), "steps": AGAIN}
+    restarts = restarts_for(voices + sounds, restarts)
+    facts = {"share": share, "restarts": restarts, **({"steps": AGAIN} if restarts else {})}
+    return facts if labels else facts | {"bound": BOUND}
 
 
 def _trials(plan: Plan, tables: Mapping[str, Any], given: Mapping[str, Separates], out: Path | None) -> list[Trial]:

@@ -4,7 +4,8 @@ A denoiser knows what its source sounds like, but not what the others do, and er
 time-frequency plane: half a syllable that went to the bell. An oracle that may only move a smooth field of 12 bands by
 2.5 nodes a second over finished stems would win 5 dB and more (see recipes/open16k). The network learns that field from
 stems that were separated: for stem k it sees the log-mel energies of the stem, of the other stems together and of the
-mixture, and the name of the source, and answers D_k at few nodes. The stems X_k then share their sum Y as in class
+mixture, and the name of the source, and answers D_k at few nodes; within +-BOUND where one is a sound without a class,
+so that what it has never heard the like of is not moved altogether. The stems X_k then share their sum Y as in class
 guidance,
 
     X_k + (softmax_k(log P_k + D_k) - softmax_k(log P_k)) Y,    loss = -mean_k of the SNR in dB,
@@ -40,6 +41,8 @@ from audiosep.stft import istft, stft
 __all__ = ["Refiner", "Stems", "faulty", "read_stems", "resized", "write_stems"]
 
 DILATIONS = (1, 2, 4, 1, 2)  # in time, of the blocks
+VAGUE = KINDS.index("sound")  # the label of a sound that has no class
+BOUND = 3.0  # nats, of a field's nodes where there is one
 LEVEL = 384.0  # mean power of a bin at unit RMS: the sum of the squared window
 FLOOR = 0.05  # added to the energies of a mixture at unit RMS before the logarithm
 MOST_SOURCES = 3  # that it has heard together
@@ -109,11 +112,9 @@ class Refiner(nn.Module):
         }
 
     def knows(self, names: Sequence[str]) -> bool:
-        """Whether it is to be asked about such sources: two or three, all different, voices and sounds of its classes,
-        whatever their case. Of a sound that has no class it knows too little to be trusted.
-        """
+        """Whether it is to be asked about such sources: two or three, all called differently, whatever the case."""
         lowered = [name.casefold() for name in names]
-        known = {"speech", *(label.casefold() for label in self.classes)}
+        known = {label.casefold() for label in self.labels}
         return 1 < len(lowered) <= MOST_SOURCES and len(lowered) == len({*lowered}) and {*lowered} <= known
 
     def numbers(self, names: Sequence[str]) -> Tensor:
@@ -133,6 +134,8 @@ class Refiner(nn.Module):
         for name, block in zip(self.names, self.blocks):
             hidden = block(hidden + name(index)[:, :, None, None])
         nodes = self.out(hidden)[:, 0].float()
+        vague = (labels == VAGUE).any(1, keepdim=True).expand(-1, count).flatten()[there][:, None, None]
+        nodes = torch.where(vague, BOUND * torch.tanh(nodes / BOUND), nodes)
         # Each node lies on every fourth frame; the last few may have none behind them.
         place = torch.arange(frames, device=bins.device) / max(1, 4 * (nodes.shape[-1] - 1))
         with torch.autocast(bins.device.type, enabled=False):

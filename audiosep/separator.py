@@ -161,7 +161,7 @@ class Separator:
             the rest, has a higher rank and no last step.
         refine: how far a network that has heard all of a mixture's stems moves them each time, 0..1, 0 for not at all
             (see `audiosep.refiner`). None is the preset's own. Only the default preset's own sampler has it, for two
-            or three sources of different names that the network knows, no sound without a class.
+            or three sources of different names that the network knows, one of which may have no class.
         restarts: how often, where stems are refined, the sampler takes its last two steps again from them, and they are
             refined anew. None is one less than there are sources, and 0 where the sampler ends at other noise than the
             default's.
@@ -267,7 +267,10 @@ class Separator:
         self.batch = batch or (1 if self.device.type == "cpu" else 16)
         self.dtype, self.compiled = choose_dtype(dtype, self.device), compile
         self._listeners: dict[str, Tagger | Refiner] = {}  # each is read once
-        self._build(JointPrior([]))  # wrong options are refused here, not after minutes of work
+        empty = self._build(JointPrior([]))  # wrong options are refused here, not after minutes of work
+        self.again = min(AGAIN, len(empty.times) // 2)  # a restart from much noise would be another run
+        if not self.again:
+            self.restarts = 0
         self.samples, self.combine = samples or SAMPLES[preset], combine or "wiener"
         self.rank = (samples or 1) > 1  # the likeliest sample is wanted, too
 
@@ -779,10 +782,9 @@ class Job:
                 separator.sampler,
                 self.sampler.evaluations // steps,
             )
-        again = min(AGAIN, steps // 2)  # a restart from much noise would be another run
-        self.restart_at = steps - again
-        self.restarts = separator.restarts_of(self.sources) if again else 0
-        return steps + self.restarts * again
+        self.restart_at = steps - separator.again
+        self.restarts = separator.restarts_of(self.sources)
+        return steps + self.restarts * separator.again
 
     def run(self, blocks: Iterable[np.ndarray]) -> Iterator[Piece]:
         """Separate a stream of blocks (C, n)."""
@@ -911,7 +913,8 @@ class Job:
             self.done += count
             self.evaluations += len(y) * len(self.sources) * self.sampler.passes
             if self.progress is not None:
-                self.progress(self.done, self.total, f"step {state.step}/{state.steps}")
+                part = "" if restart is None else "restart, "
+                self.progress(self.done, self.total, f"{part}step {state.step}/{state.steps}")
         if not x.isfinite().all():
             raise AudiosepError(
                 f"the networks gave NaN or infinite samples in {str(self.separator.dtype).removeprefix('torch.')}; "

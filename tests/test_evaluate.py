@@ -18,7 +18,7 @@ from audiosep.data import MixtureDataset, read_manifest
 from audiosep.errors import AudiosepError, UsageError
 from audiosep.lowrank import LAST
 from audiosep.prior import Prior
-from audiosep.refiner import Refiner
+from audiosep.refiner import BOUND, Refiner
 from audiosep.schedules import vp_linear
 from audiosep.separator import AGAIN, LABEL_NOISE, REST_RANK
 from audiosep.tagger import Ensemble, Tagger
@@ -232,7 +232,8 @@ def test_rows_are_the_low_ranks_too_where_a_sound_is(manifest, tmp_path):
         ("3sound", None, True, 2),
         ("1speech+2sound", 0, True, 0),
         ("4sound", None, True, None),
-        ("1speech+1sound", None, False, None),
+        ("1speech+1sound", None, False, 1),
+        ("2sound", None, False, None),
         ("1sound", None, True, None),
     ],
 )
@@ -255,8 +256,9 @@ def test_rows_are_the_refiners_too_where_names_differ(manifest, tmp_path):
             summary = run(manifest, fake, task=task, out=tmp_path / f"{task}{labels}", count=2, labels=labels)
             asked.append(len(fake.asked))
             told = [summary.get(key) for key in ("refiner", "refinement")]
-            assert told == ([{"refiner": digest}, facts] if digest and asked[-1] else [None, None])
-    assert asked == [2, 2, 2, 2, 0, 0, 2, 0, 0, 2, 0, 0]
+            expected = facts if labels else facts | {"bound": BOUND}
+            assert told == ([{"refiner": digest}, expected] if digest and asked[-1] else [None, None])
+    assert asked == [2, 2, 2, 2, 0, 0, 2, 0, 0, 2, 2, 2]
 
 
 @pytest.mark.parametrize("world", [1, 2])

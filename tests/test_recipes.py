@@ -593,6 +593,23 @@ def test_a_voice_and_all_the_rest():
     torch.testing.assert_close(found["sources"], torch.stack((sources[1], sources[0] + sources[2])))
 
 
+@pytest.mark.parametrize(
+    ("names", "told", "count"), [("sound", False, 3), ("sound", True, 4), ("Bark,Balloon", True, 5)]
+)
+def test_stems_are_of_a_run_and_its_restarts(names, told, count):
+    apart = separator.Separator.from_pretrained("speech,sound", device="cpu", refine=0, steps=4, dtype="float32")
+    item = {"names": ["speech", *names.split(",")], "mixture": 0.05 * torch.randn(16000)}
+    whole = apart.gain(item["mixture"][None], apart.resolve(item["names"]))[0] * item["mixture"]
+    refiner = hub.load_model("refiner") if told else None
+    with torch.no_grad():
+        found = list(prepare("open16k", "stems").along(apart, item, np.random.default_rng(0), refiner))
+    assert len(found) == count
+    for one, x in enumerate(found):
+        assert x.shape == (len(item["names"]), 16000)
+        assert not any(torch.equal(x, other) for other in found[:one])
+        assert one < 2 or (x.sum(0) - whole).norm() < 0.2 * whole.norm()
+
+
 MEASURED = {path: recipe.load(path) for path in sorted(RECIPES.glob("*/*.toml")) if "evaluate" in recipe.load(path)}
 
 

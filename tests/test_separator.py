@@ -373,7 +373,7 @@ def test_a_separator_refines_where_the_names_differ(partial):
         ({"restarts": 3, "refine": 0}, 0, 5, 0),
         ({"least_noise": 0.002}, 0, 5, 1),  # not chosen for where this ends
         ({"steps": 2}, 1, 2 + 1, 2),  # never more than half of the steps again
-        ({"steps": 1}, 1, 1, 1),
+        ({"steps": 1}, 0, 1, 1),  # no step to take again
     ],
 )
 def test_the_last_steps_follow_again_after_refinement(partial, options, restarts, steps, answers):

@@ -348,7 +348,8 @@ def refined() -> str:
     if {row.pop("refiner") for row in rows.values()} != {listeners()[REFINER]}:
         raise SystemExit("results/refined.jsonl: measured with another refiner")
     counts = {task: row.pop("mixtures") for task, row in rows.items()}
-    head = ["held-out stems", *(f"{TASKS[task]}, {count}" for task, count in counts.items())]
+    parts = [(*task.partition(", "), count) for task, count in counts.items()]
+    head = ["held-out stems", *(f"{TASKS[task]}{comma}{rest}, {count}" for task, comma, rest, count in parts)]
     return table(head, [[name, *(number(row[name]) for row in rows.values())] for name in next(iter(rows.values()))])
 
 

@@ -1,11 +1,13 @@
 """Stems to train a refiner on, and to choose its weights by: of mixtures whose sources are known.
 
 Of `train` they are estimates that the sampler had on its way, at any noise, in short runs with and without class
-guidance, sometimes of a voice and of all the rest as one `sound`; of `valid` what the default separator answers in the
-end, without a refiner.
+guidance; with `--refiner` also those after each restart from what that refiner had left, which is what the next one is
+asked about; of `valid` what the default separator answers in the end, without a refiner. A share of the files of one
+voice (`--unnamed`) is of it and of all the rest, asked for as one `sound`.
 
     python recipes/open16k/stems.py --split train --seed 6000 --minutes 60 -o data/stems
-    python recipes/open16k/stems.py --split valid --seed 5 --count 10 -o data/stems-valid
+    python recipes/open16k/stems.py --split train --seed 9200 --minutes 60 --refiner refiner -o data/stems
+    python recipes/open16k/stems.py --split valid --seed 5 --count 10 --unnamed 0 -o data/stems-valid
 """
 
 from __future__ import annotations
@@ -24,18 +26,22 @@ from torch import Tensor
 from audiosep import Separator
 from audiosep.data import MixtureDataset, read_manifest
 from audiosep.fit import REFINED_TASKS
-from audiosep.refiner import SUFFIX, write_stems
+from audiosep.hub import load_model
+from audiosep.refiner import SUFFIX, Refiner, write_stems
 from audiosep.samplers import Noise
+from audiosep.separator import AGAIN, REFINE, restarts_for
 
 SHORT = ({"steps": 7}, {"steps": 8, "guidance": 0}, {"steps": 10})  # runs along which estimates are taken
 EACH = 4  # mixtures a file
-UNNAMED = 0.25  # share of the files of one voice in which what else sounds is one stem without a class
 
 
-def along(separator: Separator, item: dict[str, Any], rng: np.random.Generator) -> Iterator[Tensor]:
-    """Two estimates (K, N) of one run at random noise, and its last, at the priors' level."""
+def along(
+    separator: Separator, item: dict[str, Any], rng: np.random.Generator, refiner: Refiner | None
+) -> Iterator[Tensor]:
+    """Two estimates (K, N) of one run at random noise, its last, at the priors' level, and those of its restarts."""
     sources = separator.resolve(item["names"])
     mixture = item["mixture"][None].to(separator.device)
+    mixture = mixture * separator.gain(mixture, sources)
     sampler: Any = separator.sampler_for(sources)
     steer, seen = sampler.steer, []
 
@@ -44,11 +50,18 @@ def along(separator: Separator, item: dict[str, Any], rng: np.random.Generator) 
         return x if steer is None else steer(x, noise)
 
     sampler.steer = kept
-    for state in sampler(mixture * separator.gain(mixture, sources), Noise([int(rng.integers(2**60))])):
-        last = state.x
+    noise = Noise([int(rng.integers(2**60))])
+    *_, last = sampler(mixture, noise)
     for k in rng.choice(np.arange(1, len(seen)), 2, replace=False):
         yield seen[k][0].cpu()
-    yield last[0].cpu()
+    yield last.x[0].cpu()
+    if refiner is None:
+        return
+    labels = refiner.numbers(separator.classes_of(sources))[None].to(separator.device)
+    for _ in range(restarts_for(len(sources), None)):
+        refined = refiner.refine([last.x.float()], labels, REFINE)[0]
+        *_, last = sampler(mixture, noise, (refined, len(sampler.times) - AGAIN))
+        yield last.x[0].cpu()
 
 
 def one_sound(names: list[str], sources: Tensor) -> dict[str, Any]:
@@ -67,6 +80,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--minutes", type=float)
     parser.add_argument("--count", type=int, help="files in all")
+    parser.add_argument("--unnamed", type=float, default=0.25)
+    parser.add_argument("--tasks", default=",".join(REFINED_TASKS), help="of the files, in turn")
+    parser.add_argument("--refiner", help="checkpoint from whose stems the sampler goes on")
     parser.add_argument("--device", default="auto")
     parser.add_argument("-o", "--output", type=Path, required=True)
     options = parser.parse_args()
@@ -79,22 +95,24 @@ def main() -> None:
     ]
     items = read_manifest(options.manifest, split=options.split)
     classes = separators[0].priors["sound"].classes
-    tasks = list(enumerate(REFINED_TASKS))
+    refiner = load_model(options.refiner).to(separators[0].device) if options.refiner else None
+    tasks = list(enumerate(options.tasks.split(",")))
     mixtures = [MixtureDataset(items, task, 10**6, options.seed + k, classes=classes) for k, task in tasks]
     rng, began = np.random.default_rng(options.seed), time.monotonic()
     for n in itertools.count():
         if n == options.count or (options.minutes and time.monotonic() - began > 60 * options.minutes):
             return
         dataset, rows = mixtures[n % len(tasks)], []
-        joined = options.split == "train" and dataset.n_speech == 1 and rng.random() < UNNAMED
+        joined = dataset.n_speech == 1 and rng.random() < options.unnamed
         for k in range(EACH):
             item = dataset[n // len(tasks) * EACH + k]
             if joined:
                 item |= one_sound(item["names"], item["sources"])
             separator = separators[rng.integers(len(separators))]
             if options.split == "train":
-                level = separator.gain(item["mixture"][None], separator.resolve(item["names"]))
-                rows += [(x, level.cpu() * item["sources"], item["names"]) for x in along(separator, item, rng)]
+                level = separator.gain(item["mixture"][None], separator.resolve(item["names"])).cpu()
+                found = along(separator, item, rng, refiner)
+                rows += [(x, level * item["sources"], item["names"]) for x in found]
             else:
                 answer = separator(item["mixture"], separator.sample_rate, item["names"])
                 rows.append((torch.stack(list(answer.sources.values())), item["sources"], item["names"]))
