@@ -330,14 +330,14 @@ def low_rank_facts(share: float, sounds: int, labels: bool) -> dict[str, Any]:
     return facts if labels else facts | {"rest": REST_RANK}
 
 
-def refinement_facts(share: float, restarts: int | None, task: str, labels: bool) -> dict[str, Any]:
+def refinement_facts(share: float, restarts: int | None, again: int, task: str, labels: bool) -> dict[str, Any]:
     """The same of refinement; empty where sources are called alike, or too many: it isn't asked there."""
     voices, sounds = parse_task(task)
     apart = voices < 2 and (labels or sounds < 2) and 1 < voices + sounds <= MOST_SOURCES
     if not share or not apart:
         return {}
     restarts = restarts_for(voices + sounds, restarts)
-    facts = {"share": share, "restarts": restarts, **({"steps": AGAIN} if restarts else {})}
+    facts = {"share": share, "restarts": restarts, **({"steps": again} if restarts else {})}
     return facts if labels else facts | {"bound": BOUND}
 
 
@@ -397,7 +397,8 @@ def _trials(plan: Plan, tables: Mapping[str, Any], given: Mapping[str, Separates
             if share and dataset.n_sound:
                 header["low rank"] = low_rank_facts(share, dataset.n_sound, labels)
             share, restarts = getattr(separator, "refine", 0.0), getattr(separator, "restarts", 0)
-            refinement = refinement_facts(share, restarts, dataset.task, labels)
+            again = getattr(separator, "again", AGAIN)
+            refinement = refinement_facts(share, restarts, again, dataset.task, labels)
             refiner: Any = getattr(separator, "refiner", None) if refinement else None
             if refiner is not None:
                 header |= {"refiner": _hashes({"refiner": refiner}), "refinement": refinement}

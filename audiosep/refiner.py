@@ -41,8 +41,8 @@ from audiosep.stft import istft, stft
 __all__ = ["Refiner", "Stems", "faulty", "read_stems", "resized", "write_stems"]
 
 DILATIONS = (1, 2, 4, 1, 2)  # in time, of the blocks
-VAGUE = KINDS.index("sound")  # the label of a sound that has no class
-BOUND = 3.0  # nats, of a field's nodes where there is one
+UNNAMED = KINDS.index("sound")  # the label of a sound that has no class
+BOUND = 3.0  # nats, of a field's nodes where such a sound is among the sources
 LEVEL = 384.0  # mean power of a bin at unit RMS: the sum of the squared window
 FLOOR = 0.05  # added to the energies of a mixture at unit RMS before the logarithm
 MOST_SOURCES = 3  # that it has heard together
@@ -134,8 +134,8 @@ class Refiner(nn.Module):
         for name, block in zip(self.names, self.blocks):
             hidden = block(hidden + name(index)[:, :, None, None])
         nodes = self.out(hidden)[:, 0].float()
-        vague = (labels == VAGUE).any(1, keepdim=True).expand(-1, count).flatten()[there][:, None, None]
-        nodes = torch.where(vague, BOUND * torch.tanh(nodes / BOUND), nodes)
+        unnamed = (labels == UNNAMED).any(1, keepdim=True).expand(-1, count).flatten()[there][:, None, None]
+        nodes = torch.where(unnamed, BOUND * torch.tanh(nodes / BOUND), nodes)
         # Each node lies on every fourth frame; the last few may have none behind them.
         place = torch.arange(frames, device=bins.device) / max(1, 4 * (nodes.shape[-1] - 1))
         with torch.autocast(bins.device.type, enabled=False):

@@ -163,8 +163,8 @@ class Separator:
             (see `audiosep.refiner`). None is the preset's own. Only the default preset's own sampler has it, for two
             or three sources of different names that the network knows, one of which may have no class.
         restarts: how often, where stems are refined, the sampler takes its last two steps again from them, and they are
-            refined anew. None is one less than there are sources, and 0 where the sampler ends at other noise than the
-            default's.
+            refined anew; of less than four steps it takes half. None is one less than there are sources, and 0 where
+            there is one step or the sampler ends at other noise than the default's.
         least_noise: level of the sampler's last step, relative to full scale. At 0.063, which is the default preset's
             for its own sampler without a mixing, a sample is the mean of what the sources could still become: nearer to
             the truth on average, and found in half the time. At 0.002, the other samplers', it is a sample, with all
@@ -270,6 +270,8 @@ class Separator:
         empty = self._build(JointPrior([]))  # wrong options are refused here, not after minutes of work
         self.again = min(AGAIN, len(empty.times) // 2)  # a restart from much noise would be another run
         if not self.again:
+            if restarts:
+                raise UsageError(f"a restart takes some of the sampler's last steps again, of {len(empty.times)} none")
             self.restarts = 0
         self.samples, self.combine = samples or SAMPLES[preset], combine or "wiener"
         self.rank = (samples or 1) > 1  # the likeliest sample is wanted, too
@@ -310,8 +312,8 @@ class Separator:
 
     @functools.cached_property
     def refiner(self) -> Refiner | None:
-        """The shipped refiner; None where it isn't asked for or can't be had, or hears at another rate."""
-        if not self.refine:
+        """The shipped refiner; None where it isn't asked for, no prior has classes, or it can't be had at this rate."""
+        if not self.refine or not any(prior.classes for prior in self.priors.values()):
             return None
         try:
             refiner = self._listener(REFINER)

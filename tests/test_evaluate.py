@@ -238,8 +238,9 @@ def test_rows_are_the_low_ranks_too_where_a_sound_is(manifest, tmp_path):
     ],
 )
 def test_refinement_is_told_where_it_is_asked(task, restarts, labels, found):
-    assert evaluate.refinement_facts(1.0, restarts, task, labels).get("restarts") == found
-    assert not evaluate.refinement_facts(0.0, restarts, task, labels)
+    facts = evaluate.refinement_facts(1.0, restarts, 1, task, labels)
+    assert (facts.get("restarts"), facts.get("steps")) == (found, 1 if found else None)
+    assert not evaluate.refinement_facts(0.0, restarts, 1, task, labels)
 
 
 def test_rows_are_the_refiners_too_where_names_differ(manifest, tmp_path):

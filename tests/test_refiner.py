@@ -67,7 +67,8 @@ def test_fields_are_bounded_where_a_sound_has_no_class():
     fields = refiner(stft(x, 1024, 256), torch.tensor([[0, 1, 2], [0, 2, 3], [0, 1, -1]]))
     largest = fields.abs().amax((1, 2, 3))
     assert largest[1] > 2 * BOUND
-    assert (largest[[0, 2]] <= BOUND).all()
+    assert (largest[[0, 2]] <= BOUND + 1e-4).all()
+    assert (largest[[0, 2]] > 0.9 * BOUND).all()
     assert not fields[2, 2].any()
 
 

@@ -379,9 +379,10 @@ def test_a_separator_refines_where_the_names_differ(partial):
 def test_the_last_steps_follow_again_after_refinement(partial, options, restarts, steps, answers):
     wave, done = (tone(400) + tone(3500, 0.05)).numpy()[None], []
     separator = banded(**{"steps": 5, "samples": 1} | options)
-    found = separator(wave, 16000, ["High", "Low"], lambda *args: done.append(args[:2]))
+    found = separator(wave, 16000, ["High", "Low"], lambda *args: done.append(args))
     np.testing.assert_allclose(sum(found.sources.values()), wave, atol=1e-6)
-    assert (len(done), done[-1], partial.answers) == (steps, (steps, steps), answers)
+    assert (len(done), done[-1][:2], partial.answers) == (steps, (steps, steps), answers)
+    assert sum(text.startswith("restart, step") for *_, text in done) == steps - options.get("steps", 5)
     assert found.report["sampler"]["restarts"] == restarts
     assert separator.restarts_of(separator.resolve(["High", "Low"])) == restarts
 
@@ -405,6 +406,15 @@ def test_restarts_are_the_same_alone_and_in_batches(partial):
     options = {"steps": 5, "samples": 2, "segment": 1.0, "restarts": 2}
     alone, batched = (banded(batch=b, **options)(wave, 16000, ["High", "Low"]).sources["low"] for b in (1, 3))
     np.testing.assert_allclose(alone, batched, atol=1e-5)
+
+
+def test_one_sound_without_a_class_is_refined_where_its_prior_has_classes(make, tiny_prior):
+    separator = make()
+    for names, refined in ((["speech", "sound"], True), (["Bark", "sound"], True), (["sound", "sound"], False)):
+        assert (separator.refiner_of(separator.resolve(names)) is not None) == refined
+    own = Separator({"speech": tiny_prior(kind="speech"), "engine": tiny_prior(kind="engine")}, samples=1)
+    assert own.refiner_of(own.resolve(["speech", "engine"])) is None
+    assert own.refiner is None
 
 
 def test_a_separator_without_a_refiner_says_so(monkeypatch, caplog):
@@ -455,6 +465,8 @@ def test_guidance_is_refused_where_it_can_not_be(options):
 def test_restarts_are_a_number():
     with pytest.raises(UsageError, match="restarts must be at least 0, got -1"):
         banded(restarts=-1)
+    with pytest.raises(UsageError, match="last steps again, of 1 none"):
+        banded(restarts=2, steps=1)
 
 
 def test_guidance_is_not_negative():
@@ -646,7 +658,9 @@ def test_the_default_preset_averages_samples_without_ranking_them(make):
     assert result.report["sampler"]["samples"] > 1
     assert result.spread
     assert not result.best
-    assert result.report["network_evaluations"] == 2 * 2 * result.report["sampler"]["samples"]
+    # Two sources, two steps, and one of them again from the refined stems.
+    assert result.report["sampler"]["restarts"] == 1
+    assert result.report["network_evaluations"] == 2 * (2 + 1) * result.report["sampler"]["samples"]
 
 
 def test_progress_counts_every_step_of_every_segment(make):

@@ -1,9 +1,11 @@
 """What the shipped default has over earlier ones (results/earlier/*) and over the shipped rivals
 (../unasdiff/results/rivals), on the mixtures that both separated.
 
-- refined-once: an earlier refiner, three quarters of whose field moved the stems once.
+- earlier-refiner: like today's, but trained on fewer stems, none of which restarts had left.
+- refined-once: the one before that, three quarters of whose field moved the stems once.
 - unrefined: as in all that follow, nothing corrected the stems in the end.
-- unnamed: sounds that were asked for without their class had no low-rank guidance; compared with results/unnamed.
+- unnamed-unrefined: the same of a voice and a sound without a class; compared with results/unnamed.
+- unnamed: these had no low-rank guidance either.
 - labels: the sound prior was told the classes, as in all that follow.
 - deterministic: the sampler that renewed no noise; sounds as they came out; the sound prior after 6,630 steps.
 - unguided: no class guidance, and the tagger alone named the stems.
@@ -61,7 +63,7 @@ def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     found = []
     for (name, task), before in others().items():
-        (now,) = rows(RESULTS / "unnamed" / task if name == "unnamed" else RESULTS / task).values()
+        (now,) = rows(RESULTS / "unnamed" / task if name.startswith("unnamed") else RESULTS / task).values()
         both = [i for i in now if i in before and now[i]["ids"] == before[i]["ids"]]
         for score in ("si_sdr", "si_sdr_permuted"):
             new, old = (np.array([np.mean(table[i][score]) for i in both]) for table in (now, before))

@@ -53,7 +53,7 @@ def oracle(stems: Tensor, sources: Tensor, sample_rate: int) -> float:
 
 @torch.no_grad()
 def restarted(separator: Separator, refiner: Refiner, stems: Tensor, names: list[str]) -> Iterator[Tensor]:
-    """Stems (K, N) after each of some restarts, refined before and behind."""
+    """Stems (K, N) after each of some restarts, refined before and behind; of one run that goes on from them."""
     asked = separator.resolve(names)
     sampler, labels, noise = separator.sampler_for(asked), refiner.numbers(names)[None], Noise([0])
     gain = separator.gain(stems.sum(0)[None], asked)

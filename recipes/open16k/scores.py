@@ -65,9 +65,11 @@ RIVALS = {
     "outside the corpus: ": HERE.parent / "outside/results/summary.json",
 }
 EARLIER = {
-    "refined-once": "refined once, by an earlier network",
+    "earlier-refiner": "refined by an earlier network",
+    "refined-once": "refined once, by the one before",
     "unrefined": "no refinement",
-    "unnamed": "no low-rank guidance where no class is named, in the best order",
+    "unnamed-unrefined": "no refinement where no class is named",
+    "unnamed": "neither that nor low-rank guidance where no class is named, in the best order",
     "labels": "the sound prior told the classes",
     "even-leaks": "a classifier that was trained without faulty masks",
     "even-guidance": "class guidance with equal steps at all noise, no last step by low rank beside a voice",

@@ -1,8 +1,8 @@
 """Stems to train a refiner on, and to choose its weights by: of mixtures whose sources are known.
 
 Of `train` they are estimates that the sampler had on its way, at any noise, in short runs with and without class
-guidance; with `--refiner` also those after each restart from what that refiner had left, which is what the next one is
-asked about; of `valid` what the default separator answers in the end, without a refiner. A share of the files of one
+guidance; with `--refiner` also those after each restart from what that refiner had left, as the default separator will
+ask about them; of `valid` what the default separator answers in the end, without a refiner. A share of the files of one
 voice (`--unnamed`) is of it and of all the rest, asked for as one `sound`.
 
     python recipes/open16k/stems.py --split train --seed 6000 --minutes 60 -o data/stems
@@ -29,7 +29,7 @@ from audiosep.fit import REFINED_TASKS
 from audiosep.hub import load_model
 from audiosep.refiner import SUFFIX, Refiner, write_stems
 from audiosep.samplers import Noise
-from audiosep.separator import AGAIN, REFINE, restarts_for
+from audiosep.separator import REFINE, restarts_for
 
 SHORT = ({"steps": 7}, {"steps": 8, "guidance": 0}, {"steps": 10})  # runs along which estimates are taken
 EACH = 4  # mixtures a file
@@ -60,7 +60,7 @@ def along(
     labels = refiner.numbers(separator.classes_of(sources))[None].to(separator.device)
     for _ in range(restarts_for(len(sources), None)):
         refined = refiner.refine([last.x.float()], labels, REFINE)[0]
-        *_, last = sampler(mixture, noise, (refined, len(sampler.times) - AGAIN))
+        *_, last = sampler(mixture, noise, (refined, len(sampler.times) - separator.again))
         yield last.x[0].cpu()
 
 
@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--minutes", type=float)
     parser.add_argument("--count", type=int, help="files in all")
-    parser.add_argument("--unnamed", type=float, default=0.25)
+    parser.add_argument("--unnamed", type=float, default=0.25, help="share of files, see above")
     parser.add_argument("--tasks", default=",".join(REFINED_TASKS), help="of the files, in turn")
     parser.add_argument("--refiner", help="checkpoint from whose stems the sampler goes on")
     parser.add_argument("--device", default="auto")
@@ -89,6 +89,8 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     if options.minutes is None and options.count is None:
         parser.error("say --minutes or --count")
+    if options.refiner and options.split != "train":
+        parser.error("--refiner is for stems to train on")
     short: Sequence[dict[str, Any]] = SHORT if options.split == "train" else ({},)
     separators = [
         Separator.from_pretrained("speech,sound", device=options.device, **{"refine": 0, **more}) for more in short
