@@ -50,7 +50,18 @@ from audiosep.mixing import BANDS, RATE, best_permutation
 from audiosep.progress import Callback
 from audiosep.recipe import build, check_tables
 from audiosep.refiner import BOUND, MOST_SOURCES
-from audiosep.separator import AGAIN, LEAD, LIKENESS, RANKS, REST_RANK, Separates, Separation, mix_seed, restarts_for
+from audiosep.separator import (
+    AGAIN,
+    LEAD,
+    LIKENESS,
+    RANKS,
+    REST_RANK,
+    Separates,
+    Separation,
+    mix_seed,
+    restarts_for,
+    shares_for,
+)
 
 __all__ = ["MAKERS", "Plan", "Unprocessed", "run", "score"]
 
@@ -337,7 +348,9 @@ def refinement_facts(share: float, restarts: int | None, again: int, task: str, 
     if not share or not apart:
         return {}
     restarts = restarts_for(voices + sounds, restarts)
-    facts = {"share": share, "restarts": restarts, **({"steps": again} if restarts else {})}
+    facts: dict[str, Any] = {"shares": shares_for(share, restarts, labels), "restarts": restarts}
+    if restarts:
+        facts["steps"] = again
     return facts if labels else facts | {"bound": BOUND}
 
 

@@ -36,7 +36,7 @@ from audiosep.mixing import best_permutation, combine, permute, project, residua
 from audiosep.operators import Mixing
 from audiosep.prior import JointPrior, Prior
 from audiosep.progress import Callback
-from audiosep.refiner import Refiner
+from audiosep.refiner import UNNAMED, Refiner
 from audiosep.samplers import PRESETS, SAMPLES, Noise, Sampler, build
 from audiosep.tagger import Ensemble, Tagger
 
@@ -62,7 +62,8 @@ LIKENESS = 2.5
 LEAD = 3.0
 GUIDANCE = 0.55  # step of the class guidance, chosen on held-out mixtures
 REFINE = 1.0  # share of the refiner's fields, chosen on held-out mixtures
-AGAIN = 2  # steps of each restart after refinement, chosen there, too
+LAST_REFINE = 0.5  # of that the last time, where there are restarts and each sound has a class; chosen there, too
+AGAIN = 2  # steps of each restart after refinement, too
 LOW_RANK = 0.2  # share of the low-rank guidance, chosen there, too
 RANKS = {"speech": 8}  # of a kind's spectrograms; those of one sound are 1
 REST_RANK = 4  # of the one sound that has no class: it may be all the rest
@@ -120,6 +121,14 @@ def audible(stems: Tensor) -> Tensor:
 def restarts_for(sources: int, asked: int | None) -> int:
     """How often so many sources that are refined are sampled again, None being asked for or a number."""
     return sources - 1 if asked is None else asked
+
+
+def shares_for(share: float, restarts: int, named: bool) -> list[float]:
+    """The share of its field by which the refiner moves stems each time, all sounds having a class or not."""
+    shares = [share] * (restarts + 1)
+    if restarts and named:
+        shares[-1] *= LAST_REFINE
+    return shares
 
 
 def numbered(sources: Sequence[Source]) -> list[Source]:
@@ -775,8 +784,6 @@ class Job:
         self.sampler = separator.sampler_for(self.sources)
         self.exchanged = separator.exchange_groups(self.sources)
         self.refiner = separator.refiner_of(self.sources)
-        if self.refiner is not None:
-            self.labels = self.refiner.numbers(separator.classes_of(self.sources))
         steps = len(self.sampler.times)
         if self.sampler.evaluations > steps:
             log.warning(
@@ -786,6 +793,9 @@ class Job:
             )
         self.restart_at = steps - separator.again
         self.restarts = separator.restarts_of(self.sources)
+        if self.refiner is not None:
+            self.labels = self.refiner.numbers(separator.classes_of(self.sources))
+            self.shares = shares_for(separator.refine, self.restarts, UNNAMED not in self.labels.tolist())
         return steps + self.restarts * separator.again
 
     def run(self, blocks: Iterable[np.ndarray]) -> Iterator[Piece]:
@@ -884,11 +894,11 @@ class Job:
         found = [self._run_sampler(rows * gain, noise, count) for noise in noises]
         if self.exchanged:
             found = self._by_class(found, each)
-        found = self._refined(found)
-        for _ in range(self.restarts):
+        found = self._refined(found, 0)
+        for n in range(self.restarts):
             starts = [(x, self.restart_at) for x in found]
             found = [self._run_sampler(rows * gain, noise, count, start) for noise, start in zip(noises, starts)]
-            found = self._refined(found)
+            found = self._refined(found, n + 1)
         drawn, scores = [], []
         for x in found:
             score = self._log_likelihood(x) if separator.rank else torch.zeros(len(x))
@@ -901,12 +911,12 @@ class Job:
             drawn.append(sources.cpu())
         return torch.stack(drawn), torch.stack(scores)
 
-    def _refined(self, samples: list[Tensor]) -> list[Tensor]:
-        """Samples (S * C, K, N) as the refiner leaves them, if there is one."""
+    def _refined(self, samples: list[Tensor], time: int) -> list[Tensor]:
+        """Samples (S * C, K, N) as the refiner leaves them, if there is one, the first time, 0, or a later one."""
         if self.refiner is None:
             return samples
         labels = self.labels.to(samples[0].device).expand(len(samples[0]), -1)
-        return self.refiner.refine(samples, labels, self.separator.refine)
+        return self.refiner.refine(samples, labels, self.shares[time])
 
     def _run_sampler(self, y: Tensor, noise: Noise, count: int, restart: tuple[Tensor, int] | None = None) -> Tensor:
         x = y[:, None]

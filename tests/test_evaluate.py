@@ -20,7 +20,7 @@ from audiosep.lowrank import LAST
 from audiosep.prior import Prior
 from audiosep.refiner import BOUND, Refiner
 from audiosep.schedules import vp_linear
-from audiosep.separator import AGAIN, LABEL_NOISE, REST_RANK
+from audiosep.separator import AGAIN, LABEL_NOISE, LAST_REFINE, REST_RANK
 from audiosep.tagger import Ensemble, Tagger
 
 RATE = 16000
@@ -246,7 +246,7 @@ def test_refinement_is_told_where_it_is_asked(task, restarts, labels, found):
 def test_rows_are_the_refiners_too_where_names_differ(manifest, tmp_path):
     asked = []
     cases = [("2sound", True), ("2sound", False), ("2speech", True), ("1speech+1sound", False)]
-    facts = {"share": 0.5, "restarts": 1, "steps": AGAIN}
+    facts = {"shares": [0.5, 0.5 * LAST_REFINE], "restarts": 1, "steps": AGAIN}
     for task, labels in cases:
         for digest in (None, "first", "second"):
             fake = Fake(manifest, task)
@@ -257,7 +257,7 @@ def test_rows_are_the_refiners_too_where_names_differ(manifest, tmp_path):
             summary = run(manifest, fake, task=task, out=tmp_path / f"{task}{labels}", count=2, labels=labels)
             asked.append(len(fake.asked))
             told = [summary.get(key) for key in ("refiner", "refinement")]
-            expected = facts if labels else facts | {"bound": BOUND}
+            expected = facts if labels else facts | {"shares": [0.5, 0.5], "bound": BOUND}
             assert told == ([{"refiner": digest}, expected] if digest and asked[-1] else [None, None])
     assert asked == [2, 2, 2, 2, 0, 0, 2, 0, 0, 2, 2, 2]
 

@@ -693,7 +693,7 @@ def test_scores_of_other_classifiers_or_constants_are_refused():
         {"low rank": found["low rank"] | {"updates": 1}},
         {"guidance": found["guidance"] | {"step": 0.2}},
         {"options": found["options"] | {"noise levels": [1.5, 0.002]}},
-        {"refinement": found["refinement"] | {"share": 0.1}},
+        {"refinement": found["refinement"] | {"shares": [0.1]}},
         {"refiner": None},
     )
     alone = {"tagger": found["classifiers"]["tagger"]}  # two sounds are told apart by both

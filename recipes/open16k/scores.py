@@ -40,6 +40,7 @@ from audiosep.data import parse_task
 from audiosep.evaluate import guidance_facts, low_rank_facts, refinement_facts
 from audiosep.metrics import paired_interval
 from audiosep.separator import (
+    AGAIN,
     CLASSIFIER,
     GUIDANCE,
     LEAD,
@@ -111,7 +112,7 @@ def listeners() -> dict[str, str]:
 def current(found: dict[str, Any]) -> dict[str, Any]:
     """The summary, if it is of the classifiers and constants of today; SystemExit otherwise."""
     _, sounds = parse_task(found["task"])
-    refinement = refinement_facts(REFINE, None, found["task"], found["labels"])
+    refinement = refinement_facts(REFINE, None, AGAIN, found["task"], found["labels"])
     asked = {TAGGER} if sounds == 1 else {TAGGER, CLASSIFIER}
     today = {
         "classifiers": {name: listeners()[name] for name in sorted(asked)},
