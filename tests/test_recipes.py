@@ -19,7 +19,7 @@ from audiosep import evaluate, fit, hub, recipe, separator, train
 from audiosep.baselines import fit_nmf
 from audiosep.cli import main
 from audiosep.data import Item, MixtureDataset, SourceDataset, read_manifest
-from audiosep.refiner import Refiner
+from audiosep.refiner import Refiner, write_stems
 from audiosep.samplers import build as build_sampler
 from audiosep.tagger import Tagger
 
@@ -608,6 +608,25 @@ def test_stems_are_of_a_run_and_its_restarts(names, told, count):
         assert x.shape == (len(item["names"]), 16000)
         assert not any(torch.equal(x, other) for other in found[:one])
         assert one < 2 or (x.sum(0) - whole).norm() < 0.2 * whole.norm()
+
+
+def test_the_mean_of_two_refiners_is_a_checkpoint(tmp_path, monkeypatch):
+    refiners = [Refiner(["Low"], width=2, mels=4) for _ in range(2)]
+    facts = {"data": "tones", "training": {"steps": 7}}
+    for name, refiner in zip("ab", refiners):
+        hub.save_model(refiner, tmp_path / name, facts, torch.float32)
+    stems = torch.randn(2, 8000)
+    write_stems(tmp_path / "1speech+1sound.0.safetensors", [(stems, stems, ["speech", "Low"])], 16000)
+    arguments = ["mean", str(tmp_path / "a"), str(tmp_path / "b"), "--stems", str(tmp_path), "-o", str(tmp_path / "m")]
+    monkeypatch.setattr("sys.argv", arguments)
+    prepare("open16k", "mean").main()
+    found, states = hub.load_model(tmp_path / "m"), [refiner.state_dict() for refiner in refiners]
+    for key, mean in found.state_dict().items():
+        expected = (states[0][key] + states[1][key]) / 2
+        torch.testing.assert_close(mean, expected.to(mean.dtype), atol=1e-3, rtol=1e-3)
+    config = hub.read_config(tmp_path / "m")
+    assert config["training"]["mean with"].startswith("a (")
+    assert [row["metric"] for row in config["metrics"]] == ["SI-SDR of held-out stems, 1speech+1sound: dB gained"]
 
 
 MEASURED = {path: recipe.load(path) for path in sorted(RECIPES.glob("*/*.toml")) if "evaluate" in recipe.load(path)}

@@ -19,6 +19,7 @@ from audiosep.separator import (
     AGAIN,
     GUIDANCE,
     LABEL_NOISE,
+    LAST_REFINE,
     LEAST_NOISE,
     LOW_RANK,
     RANKS,
@@ -324,11 +325,16 @@ def test_a_separator_guides_by_low_rank_where_a_sound_is():
 class Partial(Refiner):
     """Is sure that all is "Low"."""
 
-    answers = 0
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.shares = []
+
+    def refine(self, stems, labels, share):
+        self.shares.append(share)
+        return super().refine(stems, labels, share)
 
     def forward(self, bins, labels):
         self.asked = labels
-        self.answers += 1
         return 99.0 * (labels == 2)[..., None, None].expand(bins.shape)
 
 
@@ -365,26 +371,32 @@ def test_a_separator_refines_where_the_names_differ(partial):
 
 
 @pytest.mark.parametrize(
-    ("options", "restarts", "steps", "answers"),
+    ("options", "restarts", "steps", "shares"),
     [
-        ({"restarts": 0}, 0, 5, 1),
-        ({}, 1, 5 + AGAIN, 2),  # one less than sources
-        ({"restarts": 3}, 3, 5 + 3 * AGAIN, 4),
-        ({"restarts": 3, "refine": 0}, 0, 5, 0),
-        ({"least_noise": 0.002}, 0, 5, 1),  # not chosen for where this ends
-        ({"steps": 2}, 1, 2 + 1, 2),  # never more than half of the steps again
-        ({"steps": 1}, 0, 1, 1),  # no step to take again
+        ({"restarts": 0}, 0, 5, [1.0]),
+        ({}, 1, 5 + AGAIN, [1.0, LAST_REFINE]),  # one less than sources
+        ({"restarts": 3, "refine": 0.8}, 3, 5 + 3 * AGAIN, [0.8, 0.8, 0.8, 0.8 * LAST_REFINE]),
+        ({"restarts": 3, "refine": 0}, 0, 5, []),
+        ({"least_noise": 0.002}, 0, 5, [1.0]),  # not chosen for where this ends
+        ({"steps": 2}, 1, 2 + 1, [1.0, LAST_REFINE]),  # never more than half of the steps again
+        ({"steps": 1}, 0, 1, [1.0]),  # no step to take again
     ],
 )
-def test_the_last_steps_follow_again_after_refinement(partial, options, restarts, steps, answers):
+def test_the_last_steps_follow_again_after_refinement(partial, options, restarts, steps, shares):
     wave, done = (tone(400) + tone(3500, 0.05)).numpy()[None], []
     separator = banded(**{"steps": 5, "samples": 1} | options)
     found = separator(wave, 16000, ["High", "Low"], lambda *args: done.append(args))
     np.testing.assert_allclose(sum(found.sources.values()), wave, atol=1e-6)
-    assert (len(done), done[-1][:2], partial.answers) == (steps, (steps, steps), answers)
+    assert (len(done), done[-1][:2], partial.shares) == (steps, (steps, steps), shares)
     assert sum(text.startswith("restart, step") for *_, text in done) == steps - options.get("steps", 5)
     assert found.report["sampler"]["restarts"] == restarts
     assert separator.restarts_of(separator.resolve(["High", "Low"])) == restarts
+
+
+def test_where_a_sound_has_no_class_its_bounded_field_is_followed_to_the_end(partial):
+    wave = (tone(400) + tone(3500, 0.05)).numpy()[None]
+    assert banded(steps=5, samples=1)(wave, 16000, ["Low", "sound"]).report["sampler"]["restarts"] == 1
+    assert partial.shares == [1.0, 1.0]
 
 
 def test_restarts_begin_with_the_refined_stems(partial, monkeypatch):

@@ -25,7 +25,7 @@ from audiosep.metrics import si_sdr
 from audiosep.mixing import change_of_shares, grid, log_power
 from audiosep.refiner import SMOOTH, SUFFIX, Refiner, read_stems
 from audiosep.samplers import Noise
-from audiosep.separator import REFINE
+from audiosep.separator import REFINE, shares_for
 from audiosep.stft import istft, stft
 
 SHARES = (0.25, 0.5, 0.75, 1.0)
@@ -53,17 +53,18 @@ def oracle(stems: Tensor, sources: Tensor, sample_rate: int) -> float:
 
 @torch.no_grad()
 def restarted(separator: Separator, refiner: Refiner, stems: Tensor, names: list[str]) -> Iterator[Tensor]:
-    """Stems (K, N) after each of some restarts, refined before and behind; of one run that goes on from them."""
-    asked = separator.resolve(names)
+    """Stems (K, N) after each of some restarts, were it the last; of one run that goes on from them."""
+    asked, last = separator.resolve(names), shares_for(REFINE, RESTARTS, "sound" not in names)[-1]
     sampler, labels, noise = separator.sampler_for(asked), refiner.numbers(names)[None], Noise([0])
     gain = separator.gain(stems.sum(0)[None], asked)
     x = gain * stems[None]
     mixture = x.sum(1)
     (moved,) = refiner.refine([x], labels, REFINE)
     for _ in range(RESTARTS):
-        *_, last = sampler(mixture, noise, (moved, len(sampler.times) - separator.again))
-        (moved,) = refiner.refine([last.x.float()], labels, REFINE)
-        yield moved[0] / gain
+        *_, state = sampler(mixture, noise, (moved, len(sampler.times) - separator.again))
+        x = [state.x.float()]
+        (end,), (moved,) = (refiner.refine(x, labels, share) for share in (last, REFINE))
+        yield end[0] / gain
 
 
 def scores(
