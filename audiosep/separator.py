@@ -63,7 +63,7 @@ LEAD = 3.0
 GUIDANCE = 0.55  # step of the class guidance, chosen on held-out mixtures
 REFINE = 1.0  # share of the refiner's fields, chosen on held-out mixtures
 LAST_REFINE = 0.5  # of that the last time, where there are restarts and each sound has a class; chosen there, too
-AGAIN = 2  # steps of each restart after refinement, too
+AGAIN = 2  # steps of each restart after refinement; chosen there, too
 LOW_RANK = 0.2  # share of the low-rank guidance, chosen there, too
 RANKS = {"speech": 8}  # of a kind's spectrograms; those of one sound are 1
 REST_RANK = 4  # of the one sound that has no class: it may be all the rest
@@ -169,11 +169,12 @@ class Separator:
             sampler has it, where there are sounds, and one voice at most; one sound without a class, which may be all
             the rest, has a higher rank and no last step.
         refine: how far a network that has heard all of a mixture's stems moves them each time, 0..1, 0 for not at all
-            (see `audiosep.refiner`). None is the preset's own. Only the default preset's own sampler has it, for two
-            or three sources of different names that the network knows, one of which may have no class.
+            (see `audiosep.refiner`); the last time, after restarts, half as far, unless one has no class. None is the
+            preset's own. Only the default preset's own sampler has it, for two or three sources of different names that
+            the network knows, one of which may have no class.
         restarts: how often, where stems are refined, the sampler takes its last two steps again from them, and they are
-            refined anew; of less than four steps it takes half. None is one less than there are sources, and 0 where
-            there is one step or the sampler ends at other noise than the default's.
+            refined anew; with fewer than four steps, half of them, rounded down. None is one less than there are
+            sources, and 0 where there is one step or the sampler ends at other noise than the default's.
         least_noise: level of the sampler's last step, relative to full scale. At 0.063, which is the default preset's
             for its own sampler without a mixing, a sample is the mean of what the sources could still become: nearer to
             the truth on average, and found in half the time. At 0.002, the other samplers', it is a sample, with all
@@ -280,7 +281,7 @@ class Separator:
         self.again = min(AGAIN, len(empty.times) // 2)  # a restart from much noise would be another run
         if not self.again:
             if restarts:
-                raise UsageError(f"a restart takes some of the sampler's last steps again, of {len(empty.times)} none")
+                raise UsageError(f"restarts need a sampler of at least 2 steps, got {len(empty.times)}")
             self.restarts = 0
         self.samples, self.combine = samples or SAMPLES[preset], combine or "wiener"
         self.rank = (samples or 1) > 1  # the likeliest sample is wanted, too
@@ -640,9 +641,13 @@ class Separator:
         refiner = None if alike or self._of_its_own(sources) else self.refiner
         return refiner if refiner is not None and refiner.knows(self.classes_of(sources)) else None
 
-    def restarts_of(self, sources: Sequence[Source]) -> int:
-        """How often the sampler takes its last steps again."""
-        return restarts_for(len(sources), self.restarts) if self.refiner_of(sources) is not None else 0
+    def refinements(self, sources: Sequence[Source]) -> list[float]:
+        """The share of its field by which the refiner moves stems each time, a restart between; [] where it doesn't."""
+        refiner = self.refiner_of(sources)
+        if refiner is None:
+            return []
+        named = UNNAMED not in refiner.numbers(self.classes_of(sources)).tolist()
+        return shares_for(self.refine, restarts_for(len(sources), self.restarts), named)
 
     def _of_its_own(self, sources: Sequence[Source]) -> bool:
         """Whether one of the priors may be of a sound of its own: it has no classes, and isn't of speech."""
@@ -654,16 +659,17 @@ class Separator:
         priors = [self.priors[source.prior] for source in sources]
         return [class_name(prior, source.label) or prior.kind for prior, source in zip(priors, sources)]
 
-    def guided(self, sources: Sequence[Source]) -> dict[str, float]:
+    def guided(self, sources: Sequence[Source]) -> dict[str, Any]:
         """The report's part on what guides the sampler to these sources, 0 where it doesn't."""
         told = any(self.classifier_of([sources[k] for k in group]) for group in self.exchange_groups(sources))
         low = self._low_rank(sources) is not None
-        refined = self.refiner_of(sources) is not None
+        shares = self.refinements(sources)
         return {
             "guidance": self.guidance if told else 0.0,
             "low_rank": self.low_rank if low else 0.0,
-            "refine": self.refine if refined else 0.0,
-            "restarts": self.restarts_of(sources),
+            "refine": self.refine if shares else 0.0,
+            "restarts": max(0, len(shares) - 1),
+            "refinements": shares,
         }
 
     def _guides(self, sources: Sequence[Source]) -> list[tuple[list[int], ClassGuidance]]:
@@ -792,11 +798,8 @@ class Job:
                 self.sampler.evaluations // steps,
             )
         self.restart_at = steps - separator.again
-        self.restarts = separator.restarts_of(self.sources)
-        if self.refiner is not None:
-            self.labels = self.refiner.numbers(separator.classes_of(self.sources))
-            self.shares = shares_for(separator.refine, self.restarts, UNNAMED not in self.labels.tolist())
-        return steps + self.restarts * separator.again
+        self.shares = separator.refinements(self.sources)
+        return steps + max(0, len(self.shares) - 1) * separator.again
 
     def run(self, blocks: Iterable[np.ndarray]) -> Iterator[Piece]:
         """Separate a stream of blocks (C, n)."""
@@ -894,11 +897,11 @@ class Job:
         found = [self._run_sampler(rows * gain, noise, count) for noise in noises]
         if self.exchanged:
             found = self._by_class(found, each)
-        found = self._refined(found, 0)
-        for n in range(self.restarts):
-            starts = [(x, self.restart_at) for x in found]
-            found = [self._run_sampler(rows * gain, noise, count, start) for noise, start in zip(noises, starts)]
-            found = self._refined(found, n + 1)
+        for n, share in enumerate(self.shares):
+            if n:
+                starts = [(x, self.restart_at) for x in found]
+                found = [self._run_sampler(rows * gain, noise, count, start) for noise, start in zip(noises, starts)]
+            found = self._refined(found, share)
         drawn, scores = [], []
         for x in found:
             score = self._log_likelihood(x) if separator.rank else torch.zeros(len(x))
@@ -911,12 +914,11 @@ class Job:
             drawn.append(sources.cpu())
         return torch.stack(drawn), torch.stack(scores)
 
-    def _refined(self, samples: list[Tensor], time: int) -> list[Tensor]:
-        """Samples (S * C, K, N) as the refiner leaves them, if there is one, the first time, 0, or a later one."""
-        if self.refiner is None:
-            return samples
-        labels = self.labels.to(samples[0].device).expand(len(samples[0]), -1)
-        return self.refiner.refine(samples, labels, self.shares[time])
+    def _refined(self, samples: list[Tensor], share: float) -> list[Tensor]:
+        """Samples (S * C, K, N) moved by a share of the refiner's field."""
+        assert self.refiner is not None
+        labels = self.refiner.numbers(self.separator.classes_of(self.sources)).to(samples[0].device)
+        return self.refiner.refine(samples, labels.expand(len(samples[0]), -1), share)
 
     def _run_sampler(self, y: Tensor, noise: Noise, count: int, restart: tuple[Tensor, int] | None = None) -> Tensor:
         x = y[:, None]

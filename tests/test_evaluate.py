@@ -240,6 +240,8 @@ def test_rows_are_the_low_ranks_too_where_a_sound_is(manifest, tmp_path):
 def test_refinement_is_told_where_it_is_asked(task, restarts, labels, found):
     facts = evaluate.refinement_facts(1.0, restarts, 1, task, labels)
     assert (facts.get("restarts"), facts.get("steps")) == (found, 1 if found else None)
+    shares = [1.0] * (found or 0) + [LAST_REFINE if labels and found else 1.0]
+    assert facts.get("shares") == (shares if facts else None)
     assert not evaluate.refinement_facts(0.0, restarts, 1, task, labels)
 
 

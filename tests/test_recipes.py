@@ -612,11 +612,13 @@ def test_stems_are_of_a_run_and_its_restarts(names, told, count):
 
 def test_the_mean_of_two_refiners_is_a_checkpoint(tmp_path, monkeypatch):
     refiners = [Refiner(["Low"], width=2, mels=4) for _ in range(2)]
+    for refiner in refiners:
+        torch.nn.init.normal_(refiner.out.weight)
     facts = {"data": "tones", "training": {"steps": 7}}
     for name, refiner in zip("ab", refiners):
         hub.save_model(refiner, tmp_path / name, facts, torch.float32)
-    stems = torch.randn(2, 8000)
-    write_stems(tmp_path / "1speech+1sound.0.safetensors", [(stems, stems, ["speech", "Low"])], 16000)
+    stems, sources = torch.randn(2, 2, 8000)
+    write_stems(tmp_path / "1speech+1sound.0.safetensors", [(stems, sources, ["speech", "Low"])], 16000)
     arguments = ["mean", str(tmp_path / "a"), str(tmp_path / "b"), "--stems", str(tmp_path), "-o", str(tmp_path / "m")]
     monkeypatch.setattr("sys.argv", arguments)
     prepare("open16k", "mean").main()
@@ -626,7 +628,14 @@ def test_the_mean_of_two_refiners_is_a_checkpoint(tmp_path, monkeypatch):
         torch.testing.assert_close(mean, expected.to(mean.dtype), atol=1e-3, rtol=1e-3)
     config = hub.read_config(tmp_path / "m")
     assert config["training"]["mean with"].startswith("a (")
-    assert [row["metric"] for row in config["metrics"]] == ["SI-SDR of held-out stems, 1speech+1sound: dB gained"]
+    (row,) = config["metrics"]
+    assert row["metric"] == "SI-SDR of held-out stems, 1speech+1sound: dB gained"
+    gain = fit.RefinerProbe(str(tmp_path))(found, 0, None)["gain/1speech+1sound"]
+    assert row["value"] == pytest.approx(gain, abs=1e-3)
+    assert abs(gain) > 0.01
+    hub.save_model(Refiner(["High"], width=2, mels=4), tmp_path / "b", facts)
+    with pytest.raises(SystemExit, match="are not two refiners of one size with the same classes"):
+        prepare("open16k", "mean").main()
 
 
 MEASURED = {path: recipe.load(path) for path in sorted(RECIPES.glob("*/*.toml")) if "evaluate" in recipe.load(path)}

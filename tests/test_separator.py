@@ -390,7 +390,7 @@ def test_the_last_steps_follow_again_after_refinement(partial, options, restarts
     assert (len(done), done[-1][:2], partial.shares) == (steps, (steps, steps), shares)
     assert sum(text.startswith("restart, step") for *_, text in done) == steps - options.get("steps", 5)
     assert found.report["sampler"]["restarts"] == restarts
-    assert separator.restarts_of(separator.resolve(["High", "Low"])) == restarts
+    assert found.report["sampler"]["refinements"] == shares
 
 
 def test_where_a_sound_has_no_class_its_bounded_field_is_followed_to_the_end(partial):
@@ -477,7 +477,7 @@ def test_guidance_is_refused_where_it_can_not_be(options):
 def test_restarts_are_a_number():
     with pytest.raises(UsageError, match="restarts must be at least 0, got -1"):
         banded(restarts=-1)
-    with pytest.raises(UsageError, match="last steps again, of 1 none"):
+    with pytest.raises(UsageError, match="restarts need a sampler of at least 2 steps, got 1"):
         banded(restarts=2, steps=1)
 
 

@@ -1,11 +1,12 @@
 """What the shipped default has over earlier ones (results/earlier/*) and over the shipped rivals
 (../unasdiff/results/rivals), on the mixtures that both separated.
 
-- earlier-refiner: like today's, but trained on fewer stems, none of which restarts had left.
-- refined-once: the one before that, three quarters of whose field moved the stems once.
+- earlier-refiner: a refiner trained on fewer stems, none of which restarts had left; its field was followed the whole
+  way each time.
+- refined-once: an earlier one still, three quarters of whose field moved the stems once.
 - unrefined: as in all that follow, nothing corrected the stems in the end.
 - unnamed-unrefined: the same of a voice and a sound without a class; compared with results/unnamed.
-- unnamed: these had no low-rank guidance either.
+- unnamed: sounds without a class had neither refinement nor low-rank guidance; compared with results/unnamed, too.
 - labels: the sound prior was told the classes, as in all that follow.
 - deterministic: the sampler that renewed no noise; sounds as they came out; the sound prior after 6,630 steps.
 - unguided: no class guidance, and the tagger alone named the stems.

@@ -1,8 +1,8 @@
 """The mean of two refiners' weights: of a run and of the checkpoint that it was started from.
 
-Both lie in one valley of the loss, and what one run has forgotten of the stems of before, the mean has not (Mitchell
-Wortsman et al., "Model soups", 2022, https://arxiv.org/abs/2203.05482). The card is the run's, with what the mean adds
-to held-out stems.
+What a run has forgotten of what it began with, the mean may still know (Mitchell Wortsman et al., "Robust fine-tuning
+of zero-shot models", 2021, https://arxiv.org/abs/2109.01903). The statistics of the normalisations are averaged, too.
+The card is the run's, with what the mean adds to held-out stems; `card.py` credits the recordings.
 
     python recipes/open16k/mean.py earlier/refiner runs/refiner --stems data/stems-valid -o runs/mean
 """
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from audiosep import hub, recipe
 from audiosep.fit import RefinerProbe
+from audiosep.refiner import Refiner
 
 
 def between(one: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -32,6 +33,10 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, required=True)
     options = parser.parse_args()
     earlier, refiner = (hub.load_model(path.absolute()) for path in (options.earlier, options.later))
+    if not isinstance(refiner, Refiner) or type(earlier) is not Refiner or earlier.config != refiner.config:
+        raise SystemExit(
+            f"{options.earlier} and {options.later} are not two refiners of one size with the same classes"
+        )
     probe = RefinerProbe(options.stems)
     refiner.load_state_dict(between(earlier.state_dict(), refiner.state_dict()))
     facts = {key: value for key, value in hub.read_config(options.later).items() if key in ("data", "training")}

@@ -25,10 +25,11 @@ from audiosep.metrics import si_sdr
 from audiosep.mixing import change_of_shares, grid, log_power
 from audiosep.refiner import SMOOTH, SUFFIX, Refiner, read_stems
 from audiosep.samplers import Noise
-from audiosep.separator import REFINE, shares_for
+from audiosep.separator import REFINE
 from audiosep.stft import istft, stft
 
 SHARES = (0.25, 0.5, 0.75, 1.0)
+LAST = (0.5, 1.0)  # of the field, after restarts
 RESTARTS = 3
 LAPS = 60  # of the oracle's gradient
 
@@ -52,19 +53,18 @@ def oracle(stems: Tensor, sources: Tensor, sample_rate: int) -> float:
 
 
 @torch.no_grad()
-def restarted(separator: Separator, refiner: Refiner, stems: Tensor, names: list[str]) -> Iterator[Tensor]:
-    """Stems (K, N) after each of some restarts, were it the last; of one run that goes on from them."""
-    asked, last = separator.resolve(names), shares_for(REFINE, RESTARTS, "sound" not in names)[-1]
+def restarted(separator: Separator, refiner: Refiner, stems: Tensor, names: list[str]) -> Iterator[list[Tensor]]:
+    """Stems (K, N) after each of some restarts, moved by each share of `LAST`; of one run that goes on from them."""
+    asked = separator.resolve(names)
     sampler, labels, noise = separator.sampler_for(asked), refiner.numbers(names)[None], Noise([0])
     gain = separator.gain(stems.sum(0)[None], asked)
     x = gain * stems[None]
     mixture = x.sum(1)
-    (moved,) = refiner.refine([x], labels, REFINE)
     for _ in range(RESTARTS):
+        (moved,) = refiner.refine([x], labels, REFINE)
         *_, state = sampler(mixture, noise, (moved, len(sampler.times) - separator.again))
-        x = [state.x.float()]
-        (end,), (moved,) = (refiner.refine(x, labels, share) for share in (last, REFINE))
-        yield end[0] / gain
+        x = state.x.float()
+        yield [refiner.refine([x], labels, share)[0][0] / gain[0] for share in LAST]
 
 
 def scores(
@@ -75,10 +75,11 @@ def scores(
     for share in SHARES:
         with torch.no_grad():
             (moved[f"{share:g} of the field"],) = refiner.refine([stems[None]], refiner.numbers(names)[None], share)
-    for count, x in enumerate(restarted(separator, refiner, stems, names), 1):
-        moved[f"{count} restart{'s' * (count > 1)}"] = x
-    found = {name: si_sdr(x.view_as(sources), sources).mean().item() for name, x in moved.items()}
-    return found | {"oracle": oracle(stems, sources, refiner.sample_rate)}
+    for count, found in enumerate(restarted(separator, refiner, stems, names), 1):
+        restarts = f"{count} restart{'s' * (count > 1)}"
+        moved |= {f"{restarts}, {share:g} of the last field": x for share, x in zip(LAST, found)}
+    gained = {name: si_sdr(x.view_as(sources), sources).mean().item() for name, x in moved.items()}
+    return gained | {"oracle": oracle(stems, sources, refiner.sample_rate)}
 
 
 def main() -> None:

@@ -66,11 +66,11 @@ RIVALS = {
     "outside the corpus: ": HERE.parent / "outside/results/summary.json",
 }
 EARLIER = {
-    "earlier-refiner": "refined by an earlier network",
-    "refined-once": "refined once, by the one before",
+    "earlier-refiner": "refined by an earlier network, the whole way each time",
+    "refined-once": "refined once, by one earlier still",
     "unrefined": "no refinement",
     "unnamed-unrefined": "no refinement where no class is named",
-    "unnamed": "neither that nor low-rank guidance where no class is named, in the best order",
+    "unnamed": "no low-rank guidance and no refinement where no class is named, in the best order",
     "labels": "the sound prior told the classes",
     "even-leaks": "a classifier that was trained without faulty masks",
     "even-guidance": "class guidance with equal steps at all noise, no last step by low rank beside a voice",
@@ -193,8 +193,9 @@ def example() -> str:
     """The table `example`."""
     found = json.loads((HERE.parent / "example/result.json").read_text(encoding="utf-8"))
     stems = {name: row for name, row in found.items() if isinstance(row, dict)}
-    rows = [[name, f"{row['before_db']:.1f}", f"{row['after_db']:.1f}"] for name, row in stems.items()]
-    return table(["stem of the example", "SI-SDR before, dB", "after"], rows)
+    kinds = ("before_db", "after_db", "unrefined_db")
+    rows = [[name, *(f"{row[kind]:.1f}" for kind in kinds)] for name, row in stems.items()]
+    return table(["stem of the example", "SI-SDR before, dB", "after", "not refined"], rows)
 
 
 @functools.cache
