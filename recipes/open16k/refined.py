@@ -5,7 +5,7 @@ refiner's field, then after each of some restarts of the sampler, and moved by a
 bands by 2.5 nodes a second that a gradient finds which knows the sources. Writes a line per task.
 
     python recipes/open16k/stems.py --split valid --seed 5 --count 10 --unnamed 0 -o data/stems-valid
-    python recipes/open16k/stems.py --split valid --seed 5 --count 6 --unnamed 1 \\
+    python recipes/open16k/stems.py --split valid --seed 5 --count 5 --unnamed 1 \\
         --tasks 1speech+1sound,1speech+1sound,1speech+2sound -o data/stems-valid/unnamed
     python recipes/open16k/refined.py refiner -o recipes/open16k/results/refined.jsonl
 """
