@@ -597,20 +597,21 @@ def test_a_voice_and_all_the_rest():
     ("names", "told", "count"), [("sound", False, 3), ("sound", True, 4), ("Bark,Balloon", True, 5)]
 )
 def test_stems_are_of_a_run_and_its_restarts(names, told, count):
+    torch.manual_seed(0)
     apart = separator.Separator.from_pretrained("speech,sound", device="cpu", refine=0, steps=4, dtype="float32")
-    item = {"names": ["speech", *names.split(",")], "mixture": 0.05 * torch.randn(16000)}
-    whole = apart.gain(item["mixture"][None], apart.resolve(item["names"]))[0] * item["mixture"]
+    asked, whole = ["speech", *names.split(",")], 0.05 * torch.randn(1, 16000)
     refiner = hub.load_model("refiner") if told else None
     with torch.no_grad():
-        found = list(prepare("open16k", "stems").along(apart, item, np.random.default_rng(0), refiner))
+        found = list(prepare("open16k", "stems").along(apart, whole, asked, np.random.default_rng(0), refiner))
     assert len(found) == count
     for one, x in enumerate(found):
-        assert x.shape == (len(item["names"]), 16000)
+        assert x.shape == (len(asked), 16000)
         assert not any(torch.equal(x, other) for other in found[:one])
         assert one < 2 or (x.sum(0) - whole).norm() < 0.2 * whole.norm()
 
 
 def test_the_mean_of_two_refiners_is_a_checkpoint(tmp_path, monkeypatch):
+    torch.manual_seed(0)
     refiners = [Refiner(["Low"], width=2, mels=4) for _ in range(2)]
     for refiner in refiners:
         torch.nn.init.normal_(refiner.out.weight)
@@ -631,8 +632,8 @@ def test_the_mean_of_two_refiners_is_a_checkpoint(tmp_path, monkeypatch):
     (row,) = config["metrics"]
     assert row["metric"] == "SI-SDR of held-out stems, 1speech+1sound: dB gained"
     gain = fit.RefinerProbe(str(tmp_path))(found, 0, None)["gain/1speech+1sound"]
-    assert row["value"] == pytest.approx(gain, abs=1e-3)
-    assert abs(gain) > 0.01
+    assert row["value"] == pytest.approx(gain, abs=0.02)  # of weights that are stored in half precision
+    assert abs(gain) > 1
     hub.save_model(Refiner(["High"], width=2, mels=4), tmp_path / "b", facts)
     with pytest.raises(SystemExit, match="are not two refiners of one size with the same classes"):
         prepare("open16k", "mean").main()

@@ -36,12 +36,12 @@ EACH = 4  # mixtures a file
 
 
 def along(
-    separator: Separator, item: dict[str, Any], rng: np.random.Generator, refiner: Refiner | None
+    separator: Separator, mixture: Tensor, names: Sequence[str], rng: np.random.Generator, refiner: Refiner | None
 ) -> Iterator[Tensor]:
-    """Two estimates (K, N) of one run at random noise, its last, at the priors' level, and those of its restarts."""
-    sources = separator.resolve(item["names"])
-    mixture = item["mixture"][None].to(separator.device)
-    mixture = mixture * separator.gain(mixture, sources)
+    """Two estimates (K, N) of one run at random noise, its last, and those of its restarts; the mixture (1, N) is at
+    the priors' level.
+    """
+    sources = separator.resolve(names)
     sampler: Any = separator.sampler_for(sources)
     steer, seen = sampler.steer, []
 
@@ -113,7 +113,8 @@ def main() -> None:
             separator = separators[rng.integers(len(separators))]
             if options.split == "train":
                 level = separator.gain(item["mixture"][None], separator.resolve(item["names"])).cpu()
-                found = along(separator, item, rng, refiner)
+                mixture = (level * item["mixture"]).to(separator.device)
+                found = along(separator, mixture, item["names"], rng, refiner)
                 rows += [(x, level * item["sources"], item["names"]) for x in found]
             else:
                 answer = separator(item["mixture"], separator.sample_rate, item["names"])
